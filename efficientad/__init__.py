@@ -1,0 +1,40 @@
+"""EfficientAD anomaly detection (arXiv 2303.14535): the public API; everything is imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AnomalyOutput": "detector",
+    "EfficientAD": "detector",
+    "UncalibratedError": "detector",
+    "calibrate": "calibration",
+    "convert": "checkpoint",
+    "evaluate": "evaluation",
+    "load": "checkpoint",
+    "predict": "evaluation",
+    "save": "checkpoint",
+}
+
+__all__ = sorted([*_EXPORTS, "__version__"])
+
+if TYPE_CHECKING:
+    from efficientad.calibration import calibrate
+    from efficientad.checkpoint import convert, load, save
+    from efficientad.detector import AnomalyOutput, EfficientAD, UncalibratedError
+    from efficientad.evaluation import evaluate, predict
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'efficientad' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"efficientad.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
