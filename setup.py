@@ -1,4 +1,4 @@
-"""Build description that pyproject.toml cannot hold: `kernels/` is installed as `efficientad.kernels`."""
+"""Build description that pyproject.toml cannot hold: `kernels/` becomes `efficientad.kernels`."""
 
 from setuptools import setup
 

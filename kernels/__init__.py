@@ -1,1 +1,4 @@
-"""Floor 0, imports triton only: the fused kernels of the fast path; installed as `efficientad.kernels`."""
+"""Floor 0, imports triton only: the fused kernels of the fast path.
+
+Installed as `efficientad.kernels`; knows nothing of `efficientad`.
+"""
