@@ -1,4 +1,4 @@
-"""EfficientAD anomaly detection (arXiv 2303.14535): the public API; everything is imported on first use."""
+"""EfficientAD anomaly detection (arXiv 2303.14535): the public API, imported on first use."""
 
 from __future__ import annotations
 

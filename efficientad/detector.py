@@ -1,4 +1,4 @@
-"""Floor 3, imports networks and reference: the EfficientAD detector, the plain PyTorch model that defines the numbers.
+"""Floor 3, imports networks and reference: the EfficientAD detector that defines the numbers.
 
 Source: arXiv 2303.14535, Algorithm 2 (inference). The border rules are those of the published
 implementations; `docs/border-rules.md` shows what they differ in and why "nelson" is the default.
@@ -223,7 +223,7 @@ class EfficientAD(nn.Module):
         map_padding: int | None = None,
         image_size: tuple[int, int] | None = None,
     ) -> None:
-        """Change border rule, map padding (cells) or input size (pixels); None keeps the present one.
+        """Change border rule, map padding (cells) or input size (pixels); None keeps what is.
 
         The quantiles and the threshold belong to the rule they were found by, so a change marks the
         detector uncalibrated. Setting what already holds changes nothing.
@@ -238,7 +238,7 @@ class EfficientAD(nn.Module):
         self.clear_quantiles()
 
     def _resolve(self) -> None:
-        """Derive the affine map of `reference.anomaly_map` from the quantiles, once, not per forward."""
+        """Derive the affine map of `reference.anomaly_map` once, not in every forward."""
         q = self.quantiles.detach().to("cpu", torch.float64)
         self._calibrated = bool(torch.isfinite(q).all())
         if not self._calibrated:

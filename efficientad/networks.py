@@ -1,4 +1,4 @@
-"""Floor 1, imports torch only: the networks of EfficientAD (PDN-S, PDN-M, autoencoder) and their size algebra.
+"""Floor 1, imports torch only: PDN-S, PDN-M, the autoencoder and their size algebra.
 
 Source: arXiv 2303.14535, Tables 6 (PDN-S), 7 (PDN-M) and 8 (autoencoder). Parameter names are the
 layer names of the tables, so that a state dict reads like the paper.
@@ -69,7 +69,7 @@ def feature_size(length: int, padding: bool = False) -> int:
 
 
 def decoder_sizes(length: int, padding: bool = False) -> tuple[int, ...]:
-    """Targets of the decoder's seven bilinear resizes along one axis (3, 8, 15, 32, 63, 127, 56 at 256)."""
+    """The decoder's seven resize targets along one axis: 3, 8, 15, 32, 63, 127, 56 at 256."""
     n = length
     return (
         n // 64 - 1,
@@ -108,7 +108,7 @@ class PDN(nn.Module):
             in_channels = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised image (N, 3, H, W) -> features (N, out_channels, h, w), h = `feature_size(H)`."""
+        """Normalised image (N, 3, H, W) -> features (N, out_channels, h, w); see `feature_size`."""
         pool_padding = 1 if self.padding else 0
         for i, layer in enumerate(PDN_LAYERS[self.size], start=1):
             x = getattr(self, f"conv{i}")(x)
@@ -120,7 +120,7 @@ class PDN(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encoder of the autoencoder, Table 8: five 4x4 convolutions of stride 2, then 8x8 without ReLU."""
+    """Encoder, Table 8: five 4x4 convolutions of stride 2, then 8x8 without ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder of the autoencoder, Table 8: bilinear resize and convolution, seven times; then 3x3."""
+    """Decoder, Table 8: bilinear resize and convolution, seven times; then 3x3."""
 
     def __init__(self, padding: bool = False, dropout: float = 0.2) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         self.deconv8 = nn.Conv2d(64, TEACHER_CHANNELS, 3, padding=1)
 
     def forward(self, x: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Bottleneck (N, 64, h, w) -> (N, 384, H', W') on the PDN's grid for `image_size` pixels."""
+        """Bottleneck (N, 64, h, w) -> (N, 384, H', W') on the PDN's grid of `image_size` pixels."""
         rows = decoder_sizes(image_size[0], self.padding)
         cols = decoder_sizes(image_size[1], self.padding)
         for i in range(1, 8):

@@ -5,15 +5,15 @@ float32. Each operation computes in float32 (float64 for float64 inputs) from it
 stored and rounds once, to the dtype of the result, when it returns; maps stay in float32.
 
 Operations that the fast path runs for teacher and student in one launch take one entry per network:
-`x`, `weight`, `bias` and `scale` are sequences, and so is the result. Networks may differ in channel
-counts.
+`x`, `weight`, `bias` and `scale` are sequences, and so is the result. Networks may differ in
+channel counts.
 
 float8_e4m3fn inputs come with `scale`, a factor per output channel on the accumulated products
 (weight scale times activation scale). The scale of an fp8 result is folded into `scale` and `bias`,
 which ReLU and pooling allow because they are homogeneous.
 
-NaN is never dropped: an infinity that an fp8 result cannot hold becomes NaN, and a map value that is
-not finite makes the image's score NaN.
+NaN is never dropped: an infinity that an fp8 result cannot hold becomes NaN, and a map value that
+is not finite makes the image's score NaN.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _scale_bias(y: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
 
 
 def _result(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """NCHW in float32 -> NHWC in `dtype`; fp8 saturates what is finite and turns infinity into NaN."""
+    """NCHW in float32 -> NHWC in `dtype`; fp8 saturates what is finite, infinity becomes NaN."""
     if dtype == torch.float8_e4m3fn:
         y = torch.where(y.isinf(), torch.nan, y.clamp(-FP8_MAX, FP8_MAX))
     return y.permute(0, 2, 3, 1).contiguous().to(dtype)
@@ -311,7 +311,7 @@ def anomaly_map(
         padding: cells put on every side before the resize.
 
     Returns:
-        (anomaly_map (N, *size), score (N,)), float32: the score is the maximum after the upsampling.
+        (anomaly_map (N, *size), score (N,)), float32: the score is the maximum after the resize.
         A combined value that is not finite is NaN in the map, and the image's score is NaN.
     """
     st, ae = _wide(map_st), _wide(map_ae)

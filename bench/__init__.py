@@ -1,0 +1,1 @@
+"""Measurements and compile checks; imports the package, nothing imports it."""
