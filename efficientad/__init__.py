@@ -15,7 +15,8 @@ _EXPORTS = {
     "convert": "checkpoint",
     "evaluate": "evaluation",
     "load": "checkpoint",
-    "predict": "evaluation",
+    "Prediction": "prediction",
+    "predict": "prediction",
     "save": "checkpoint",
 }
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from efficientad.calibration import calibrate
     from efficientad.checkpoint import convert, load, save
     from efficientad.detector import AnomalyOutput, EfficientAD, UncalibratedError
-    from efficientad.evaluation import evaluate, predict
+    from efficientad.evaluation import evaluate
+    from efficientad.prediction import Prediction, predict
 
 
 def __getattr__(name: str):

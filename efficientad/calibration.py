@@ -1,4 +1,4 @@
-"""Floor 3, imports detector, data and quantiles: statistics, quantiles and threshold of a detector.
+"""Floor 3, imports detector, data, images, quantiles: what a detector needs beside its weights.
 
 Source: arXiv 2303.14535, Algorithm 1 (channel statistics at its start, map quantiles at its end).
 Memory does not grow with the number of images: features are reduced image by image, raw maps go to
@@ -8,6 +8,7 @@ a temporary file, and the quantiles are exact order statistics found in two pass
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientad.data import Batch, DataSet, ImageError, load_batches, open_images
+from efficientad.data import DataSet, Sample, open_dataset, split_validation
 from efficientad.detector import QUANTILE_LEVELS, EfficientAD
+from efficientad.images import Batch, ImageError, find_images, load_batches
 from efficientad.networks import TEACHER_CHANNELS
 from efficientad.quantiles import streaming_quantiles
 
@@ -116,14 +118,23 @@ def threshold_from_scores(scores: Sequence[float], false_positive_rate: float) -
     return float(ordered[ordered.size - 1 - may_exceed])
 
 
-def split_good_images(good_images: object) -> tuple[list[Path], list[Path]]:
+def split_good_images(good_images: object, statistics: bool) -> tuple[list[Path], list[Path]]:
     """(images for the statistics, images for quantiles and threshold) of what a user names.
 
-    A data set in a known layout brings its own split; of loose images and plain folders one tenth
-    is held out (see `efficientad.data.open_images`).
+    A data set in a known layout brings its own split. Of loose images and plain folders one tenth
+    is held out (see `efficientad.data.split_validation`); if no statistics are wanted, all of them
+    serve the quantiles.
     """
-    dataset = good_images if isinstance(good_images, DataSet) else open_images(good_images)
-    return [s.path for s in dataset.train], [s.path for s in dataset.validation]
+    if isinstance(good_images, (str, os.PathLike)) and Path(good_images).is_dir():
+        good_images = open_dataset(good_images)
+    if isinstance(good_images, DataSet):
+        train, validation = good_images.train, good_images.validation
+        loose = good_images.layout == "folder"
+    else:
+        train, validation = split_validation(Sample(p) for p in find_images(good_images))
+        loose = True
+    train, validation = ([s.path for s in part] for part in (train, validation))
+    return (train, validation) if statistics or not loose else ([], sorted({*train, *validation}))
 
 
 def calibrate(
@@ -142,8 +153,8 @@ def calibrate(
     Args:
         detector: changed in place and returned; it stays on its device.
         good_images: images without defects: a folder, a data set in a known layout, a list of
-            files, or a `DataSet`. Quantiles and threshold come from its validation images.
-        false_positive_rate: share of the validation images that may exceed the threshold.
+            files, or a `DataSet`; see `split_good_images`.
+        false_positive_rate: share of the images for the quantiles that may exceed the threshold.
         statistics: True computes the teacher's channel statistics anew from the training images,
             False keeps them, None computes them if they are not set. A student is trained against
             particular statistics: name the images it was trained on, or leave them alone.
@@ -155,11 +166,11 @@ def calibrate(
     Raises:
         ValueError: no readable image, statistics neither set nor wanted, or maps not finite.
     """
-    train, validation = split_good_images(good_images)
     if statistics is None:
         statistics = not detector.has_statistics
     if not statistics and not detector.has_statistics:
         raise ValueError("statistics is False, but the detector has none; leave it at None")
+    train, validation = split_good_images(good_images, statistics)
 
     def batches(paths: list[Path], what: str) -> Iterator[Batch]:
         done = 0
@@ -226,7 +237,7 @@ def set_quantiles_from_maps(detector: EfficientAD, maps: MapFile) -> None:
 def validation_scores(
     detector: EfficientAD, maps: MapFile, source_sizes: Sequence[tuple[int, int]]
 ) -> list[float]:
-    """Image scores of stored raw maps, at the input size or, if the detector says so, the source's."""
+    """Image scores of stored raw maps, at the size that the detector's `score_size` names."""
     device = detector.affine.device
     scores: list[float] = []
     for chunk in maps.chunks():

@@ -31,7 +31,7 @@ QUANTILE_LEVELS = (0.9, 0.995)  # q_a and q_b of the paper
 MAP_AT_QB = 0.1  # q_a is sent to 0 and q_b to 0.1
 
 
-class UncalibratedError(RuntimeError):
+class UncalibratedError(ValueError):
     """A score was asked of a detector whose statistics or quantiles are not set."""
 
 
@@ -298,7 +298,7 @@ class EfficientAD(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Combine raw maps (N, h, w) to an anomaly map of `size` pixels and its maximum (N,)."""
         if not self.calibrated:
-            self._raise_uncalibrated()
+            self.raise_uncalibrated()
         return reference.anomaly_map(map_st, map_ae, self.affine, size, padding=self.map_padding)
 
     def forward(self, image: Tensor) -> AnomalyOutput:
@@ -309,7 +309,7 @@ class EfficientAD(nn.Module):
             UncalibratedError: statistics or quantiles are not set.
         """
         if not self.calibrated:
-            self._raise_uncalibrated()
+            self.raise_uncalibrated()
         map_st, map_ae = self.distance_maps(image)
         anomaly_map, score = self.anomaly_map(map_st, map_ae, tuple(image.shape[-2:]))
         return AnomalyOutput(score, anomaly_map, map_st, map_ae)
@@ -319,7 +319,7 @@ class EfficientAD(nn.Module):
         height, width = image_size or self.image_size
         return feature_size(height, self.padding), feature_size(width, self.padding)
 
-    def _raise_uncalibrated(self) -> None:
+    def raise_uncalibrated(self) -> None:
         missing = (
             "the map quantiles are"
             if self._has_statistics
