@@ -9,12 +9,14 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AnomalyOutput": "detector",
+    "CheckpointError": "safe_pickle",
     "EfficientAD": "detector",
     "UncalibratedError": "detector",
     "calibrate": "calibration",
     "convert": "checkpoint",
     "evaluate": "evaluation",
     "load": "checkpoint",
+    "load_teacher": "checkpoint",
     "Prediction": "prediction",
     "predict": "prediction",
     "save": "checkpoint",
@@ -24,7 +26,7 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 
 if TYPE_CHECKING:
     from efficientad.calibration import calibrate
-    from efficientad.checkpoint import convert, load, save
+    from efficientad.checkpoint import CheckpointError, convert, load, load_teacher, save
     from efficientad.detector import AnomalyOutput, EfficientAD, UncalibratedError
     from efficientad.evaluation import evaluate
     from efficientad.prediction import Prediction, predict

@@ -1,4 +1,4 @@
-"""Floor 5, imports everything below: `efficientad demo`, from nothing to a report of found defects."""
+"""Floor 5, imports everything below: `efficientad demo`, from nothing to a report of defects."""
 
 from __future__ import annotations
 

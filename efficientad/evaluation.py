@@ -83,7 +83,8 @@ def evaluate(
     tiffs = None if folder is None or not maps else folder.root / "maps" / dataset.name / "test"
     if folder is not None and overlays:
         folder.overlays = folder.root / "overlays"
-    pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)  # per folder of test images
+    # Saturated PRO is defined per folder of test images; each accumulator takes up to 48 MB.
+    pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)
 
     def fail(path: Path, reason: str) -> None:
         result.failed.append((str(path), reason))
@@ -119,8 +120,9 @@ def evaluate(
             fail(sample.path, f"its score is {score}")
             continue
         if dataset.has_masks:
+            part = sample.defect if dataset.saturation else ""
             try:
-                _add_pixels(pixels[sample.defect], detector, dataset, sample, raw, own_size)
+                _add_pixels(pixels[part], detector, dataset, sample, raw, own_size)
             except (ImageError, FileNotFoundError) as error:
                 fail(sample.path, f"mask: {error}")
                 continue
@@ -168,17 +170,17 @@ def _figures(
     for defect in sorted({sample.defect for sample in result.samples} - {GOOD}):
         part = [(s.label, score) for s, score in scored if s.defect in (GOOD, defect)]
         figures[f"image AU-ROC, {defect}"] = image_metrics(*zip(*part, strict=True)).au_roc
-    if dataset.has_masks:
-        whole = PixelMetrics()
-        for part in pixels.values():
-            whole.merge(part)
-        pixel = whole.compute()
-        figures["pixel AU-ROC"] = pixel.au_roc
-        figures["pixel F1-max"] = pixel.f1_max
+    if pixels:
+        first, *rest = pixels.values()
         if dataset.saturation:
             for limit, area in saturated_pro(pixels)["mean"].items():
                 figures[f"AU-sPRO, FPR {limit:g}"] = area
-        else:
+        for part in rest:
+            first.merge(part)
+        pixel = first.compute()
+        figures["pixel AU-ROC"] = pixel.au_roc
+        figures["pixel F1-max"] = pixel.f1_max
+        if not dataset.saturation:
             for limit, area in pixel.au_pro.items():
                 figures[f"AU-PRO, FPR {limit:g}"] = area
     if threshold is not None:
