@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name == "kernels":  # lives in kernels/ of the checkout and is mapped here by the install
+        try:
+            return importlib.import_module("efficientad.kernels")
+        except ModuleNotFoundError as error:
+            if error.name != "efficientad.kernels":
+                raise
+            raise ImportError(
+                "efficientad.kernels is not installed; in the checkout run "
+                "`pip install -c constraints.txt -e .`"
+            ) from None
     if name not in _EXPORTS:
         raise AttributeError(f"module 'efficientad' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"efficientad.{_EXPORTS[name]}"), name)

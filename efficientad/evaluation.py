@@ -13,7 +13,7 @@ from typing import Any
 from efficientad.calibration import Progress
 from efficientad.data import GOOD, DataSet, Sample, open_dataset
 from efficientad.detector import EfficientAD
-from efficientad.images import ImageError, read_image
+from efficientad.images import read_image
 from efficientad.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.prediction import Prediction, distance_maps, image_score, is_anomalous, sized_map
 from efficientad.results import ResultFolder, write_tiff
@@ -123,7 +123,7 @@ def evaluate(
             part = sample.defect if dataset.saturation else ""
             try:
                 _add_pixels(pixels[part], detector, dataset, sample, raw, own_size)
-            except (ImageError, FileNotFoundError) as error:
+            except (ValueError, FileNotFoundError) as error:  # ImageError is a ValueError
                 fail(sample.path, f"mask: {error}")
                 continue
         result.samples.append(sample)
