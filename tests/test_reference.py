@@ -6,94 +6,8 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from efficientad import EfficientAD, reference
-from efficientad.networks import PDN_LAYERS, decoder_sizes
-
-
-def ohwi(weight: Tensor) -> Tensor:
-    return weight.permute(0, 2, 3, 1).contiguous()
-
-
-@torch.no_grad()
-def compose(model: EfficientAD, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole forward pass out of `reference` operations, as the fast path strings them."""
-    layers = PDN_LAYERS[model.size]
-    pool_padding = int(model.padding)
-    nets = (model.teacher, model.student)
-
-    def layer(i: int, padding: int = 0):
-        convs = [getattr(net, f"conv{i}") for net in nets]
-        return [ohwi(c.weight) for c in convs], [c.bias for c in convs]
-
-    mean, std = model.image_mean.view(-1), model.image_std.view(-1)
-    border = layers[0].padding if model.padding else 0
-    options = {"channels_last": False, "dtype": image.dtype}
-    packed = reference.pack(image, mean, std, border=border, **options)
-    weight, bias = layer(1)
-    weight = [F.pad(w, (0, 1), value=1e4) for w in weight]  # the X channel is 0, whatever meets it
-    x = reference.first_conv_relu_pool(packed, weight, bias, pool_padding=pool_padding)
-    for i, row in list(enumerate(layers, start=1))[1:-1]:
-        weight, bias = layer(i)
-        padding = row.padding if model.padding else 0
-        if row.pool:
-            quarter = [w / 4 for w in weight], [b / 4 for b in bias]
-            x = reference.conv_relu_pool(
-                x, *quarter, padding=padding, pool_padding=pool_padding, pool_scale=1.0
-            )
-        else:
-            x = reference.conv_relu(x, weight, bias, padding=padding)
-
-    y = reference.pack(image, mean, std, **options)
-    encoder, decoder = model.autoencoder.encoder, model.autoencoder.decoder
-    for i in range(1, 6):
-        conv = getattr(encoder, f"enconv{i}")
-        weight = F.pad(ohwi(conv.weight), (0, 1)) if i == 1 else ohwi(conv.weight)
-        y = reference.strided_conv_relu(y, weight, conv.bias)
-    rows = decoder_sizes(image.shape[2], model.padding)
-    cols = decoder_sizes(image.shape[3], model.padding)
-    enc6, dec1 = encoder.enconv6, decoder.deconv1
-    if y.shape[1:3] == (8, 8):
-        y = reference.bottleneck(y, ohwi(enc6.weight), enc6.bias, ohwi(dec1.weight), dec1.bias)
-    else:
-        y = reference.strided_conv_relu(
-            y, ohwi(enc6.weight), enc6.bias, stride=1, padding=0, relu=False
-        )
-        y = reference.resize_conv_relu(y, ohwi(dec1.weight), dec1.bias, (rows[0], cols[0]))
-    for i in range(2, 8):
-        conv = getattr(decoder, f"deconv{i}")
-        needed = {}
-        if i == 6:
-            out = rows[5] + 1, cols[5] + 1
-            needed = {
-                "rows": torch.tensor(reference.resize_reads(out[0], rows[6]), dtype=torch.int32),
-                "cols": torch.tensor(reference.resize_reads(out[1], cols[6]), dtype=torch.int32),
-            }
-        y = reference.resize_conv_relu(
-            y,
-            ohwi(conv.weight),
-            conv.bias,
-            (rows[i - 1], cols[i - 1]),
-            padding=2 if i < 7 else 1,
-            **needed,
-        )
-
-    std_c = model.teacher_std.view(-1)
-    last_t, last_s = (getattr(net, f"conv{len(layers)}") for net in nets)
-    deconv8 = decoder.deconv8
-    own_bias = torch.cat([(last_t.bias - model.teacher_mean.view(-1)) / std_c, deconv8.bias])
-    maps = reference.pair_distance(
-        x[0],
-        x[1],
-        y,
-        ohwi(last_t.weight / std_c[:, None, None, None]),
-        -ohwi(last_s.weight),
-        ohwi(deconv8.weight),
-        own_bias - last_s.bias,
-    )
-    size = tuple(image.shape[-2:])
-    return reference.anomaly_map(*maps, model.affine, size, padding=model.map_padding)
+from efficientad import reference
 
 
 @torch.no_grad()
@@ -111,7 +25,7 @@ def test_composed_operations_are_the_detector(size, padding, shape):
     model = helpers.detector(size, padding=padding, image_size=shape).double()
     image = helpers.images(2 if shape == (256, 256) and size == "S" else 1, *shape, seed=5).double()
     expected = model(image)
-    anomaly_map, score = compose(model, image)
+    anomaly_map, score = helpers.compose(model, image, reference)
     assert (anomaly_map - expected.anomaly_map).abs().max() <= 1e-10
     assert (score - expected.score).abs().max() <= 1e-10
 
