@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
-
 from bench.census_case import CensusCase
+from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
 
 IMAGE = 256  # pixels a side
 BATCHES = (1, 32)  # either side of every limit in the tile tables

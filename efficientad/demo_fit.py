@@ -3,7 +3,8 @@
 This is not EfficientAD training (paper, Algorithm 1): nothing is learned by gradient descent. The
 networks are the genuine ones, so that everything downstream meets a real detector, but their inner
 layers are random features and only last layers are fitted, by ridge regression on the good images.
-It takes a minute instead of hours and finds what is plain to see; it says nothing about accuracy.
+It takes a minute or two instead of hours. On the drawn parts it finds stains and missing, swapped
+or extra pieces, and some of the scratches; it says nothing about the accuracy of EfficientAD.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _random_pdn(pdn: PDN, x: Tensor, generator: torch.Generator) -> None:
 
     Channels come in pairs of one filter and two biases, ReLU(u) and ReLU(u - 1), and the next layer
     takes a pair with opposite weights: clip(u, 0, 1). The ramp is as wide as what the filter
-    ordinarily meets, so that a faint scratch counts as much as a printed edge.
+    ordinarily meets, so that a printed edge does not drown all that is fainter.
     """
     for i, conv in enumerate((pdn.conv1, pdn.conv2, pdn.conv3)):
         pairs, channels = conv.out_channels // 2, conv.in_channels // (2 if i else 1)

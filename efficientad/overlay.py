@@ -27,13 +27,13 @@ STOPS = (  # position on the scale, RGB; lightness rises evenly from dark blue t
 def map_scale(threshold: float | None) -> tuple[float, float]:
     """Ends (low, high) of the colour scale, in units of the anomaly map; its middle: the threshold.
 
-    low, where colour starts, is 0 (q_a of the good images: nine tenths of their cells lie below)
-    and high, where it saturates, twice the threshold. The scale is at least 0.2 long, so for a
-    threshold below 0.1, negative ones included, it is threshold - 0.1 to threshold + 0.1. Without a
-    (finite) threshold the middle is 0.1, q_b of the good images.
+    low, where colour starts, is 0 (q_a of the good images: nine tenths of their cells lie below,
+    and so does the frame of a map) and high, where it saturates, twice the threshold. For a
+    threshold of 0 or less it is threshold - 0.1 to threshold + 0.1. Without a (finite) threshold
+    the middle is 0.1, q_b of the good images.
     """
     middle = MAP_AT_QB if threshold is None or not math.isfinite(threshold) else float(threshold)
-    half = max(middle, MAP_AT_QB)
+    half = middle if middle > 0 else MAP_AT_QB
     return middle - half, middle + half
 
 
@@ -103,6 +103,16 @@ def resize_map(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             values = np.where(part > 0, a + (b - a) * part, a)
     return values
+
+
+def shrink_map(values: np.ndarray, limit: int) -> np.ndarray:
+    """Shrink a map to at most about 2 `limit` cells a side by block maxima: small peaks stay."""
+    block = max(1, min(max(values.shape) // limit, *values.shape))
+    if block == 1:
+        return values
+    rows, cols = (-(-n // block) * block for n in values.shape)
+    padded = np.pad(values, ((0, rows - values.shape[0]), (0, cols - values.shape[1])), mode="edge")
+    return padded.reshape(rows // block, block, cols // block, block).max((1, 3))
 
 
 def _grown(mask: np.ndarray, steps: int) -> np.ndarray:

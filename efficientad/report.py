@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from efficientad.files import write_text
-from efficientad.overlay import check_image, colorbar, map_scale, overlay
+from efficientad.overlay import check_image, colorbar, map_scale, overlay, shrink_map
 from efficientad.report_page import DASH, PAGE, histogram, number, table
 
 MAX_PICTURES = 200
@@ -60,16 +60,6 @@ def _encoded(image: np.ndarray, kind: str = "JPEG") -> bytes:
     return file.getvalue()
 
 
-def _peaks(values: np.ndarray, limit: int) -> np.ndarray:
-    """Shrink a map to at most about 2 `limit` cells a side by block maxima: small peaks stay."""
-    block = max(1, min(max(values.shape) // limit, *values.shape))
-    if block == 1:
-        return values
-    rows, cols = (-(-n // block) * block for n in values.shape)
-    padded = np.pad(values, ((0, rows - values.shape[0]), (0, cols - values.shape[1])), mode="edge")
-    return padded.reshape(rows // block, block, cols // block, block).max((1, 3))
-
-
 def thumbnail(
     image: np.ndarray, anomaly_map: np.ndarray, threshold: float | None, side: int = 192
 ) -> tuple[bytes, bytes]:
@@ -94,7 +84,7 @@ def thumbnail(
     if ratio < 1:
         size = max(1, round(width * ratio)), max(1, round(height * ratio))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
-    values = _peaks(np.asarray(anomaly_map, np.float32), side)
+    values = shrink_map(np.asarray(anomaly_map, np.float32), side)
     return _encoded(image), _encoded(overlay(image, values, threshold))
 
 

@@ -51,7 +51,8 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 12.5px; }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 td:not(:first-child) { font-variant-numeric: tabular-nums; }
-svg { width: 100%; height: auto; display: block; margin-bottom: 8px; }
+svg { width: 100%; height: auto; display: block; margin-bottom: 8px;
+  max-width: 860px; }
 svg text { fill: var(--soft); font-size: 12px; } svg .axis { stroke: var(--line); }
 svg .limit { stroke: var(--ink); stroke-dasharray: 5 4; stroke-width: 1.5; }
 svg text.mark { fill: var(--ink); font-weight: 600; }

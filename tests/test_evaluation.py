@@ -1,4 +1,4 @@
-"""Prediction and evaluation: verdicts, sizes, metrics against scikit-learn, what is left on disk."""
+"""Prediction and evaluation: verdicts, sizes, metrics against scikit-learn, files on disk."""
 
 from __future__ import annotations
 

@@ -289,8 +289,8 @@ def test_pickle_bombs(tmp_path, pickled, match):
 def test_a_module_that_contains_itself(tmp_path):
     """_modules refers to the module: {"model": module}."""
     pickled = (
-        b"\x80\x02}X\x05\x00\x00\x00modelca\nB\n)\x81q\x01}X\x08\x00\x00\x00_modules}X\x01\x00\x00\x00a"
-        b"h\x01ssbs."
+        b"\x80\x02}X\x05\x00\x00\x00modelca\nB\n)\x81q\x01}X\x08\x00\x00\x00_modules"
+        b"}X\x01\x00\x00\x00ah\x01ssbs."
     )
     with pytest.raises(CheckpointError, match="holds no"):
         load(torch_file(tmp_path / "x", pickled))

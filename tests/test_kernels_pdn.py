@@ -12,11 +12,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
-from efficientad.kernels.common import target_of
-from efficientad.kernels.conv import conv_relu, conv_relu_pool
-from efficientad.kernels.first_conv import first_conv_relu_pool
-from efficientad.kernels.grouped import Tile, accumulate_conv
 from helpers_pdn import (
     BF16,
     F8,
@@ -36,6 +31,11 @@ from torch import Tensor
 
 from bench import census_pdn
 from efficientad import reference
+from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
+from efficientad.kernels.common import target_of
+from efficientad.kernels.conv import conv_relu, conv_relu_pool
+from efficientad.kernels.first_conv import first_conv_relu_pool
+from efficientad.kernels.grouped import Tile, accumulate_conv
 from efficientad.networks import PDN_LAYERS
 
 SMALL = Tile(32, 16, 32, warps=4, stages=2)  # 32 pixels (pooled: 8), 16 channels, 16 of K

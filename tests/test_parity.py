@@ -118,7 +118,7 @@ class Resize(nn.Module):
 
 
 def nelson_pdn(size: str, out_channels: int) -> nn.Sequential:
-    """The published `nn.Sequential` order: convolutions at 0, 3, 6, 8 (S) and 0, 3, 6, 8, 10, 12."""
+    """The published `nn.Sequential` order: convolutions at 0, 3, 6, 8 and, in M, 10, 12."""
     relu, pool = nn.ReLU, lambda: nn.AvgPool2d(2, 2)
     if size == "S":
         return nn.Sequential(
