@@ -61,7 +61,15 @@ def test_some_failed_inputs_give_1_and_are_listed(model_file, images, tmp_path, 
 
 
 def test_fail_on_anomaly_gives_3(model_file, images, tmp_path):
-    common = ("predict", model_file, images, "--out", tmp_path, "--no-maps", "--no-overlays")
+    common = (
+        "predict",
+        model_file,
+        images / "0.png",
+        "--out",
+        tmp_path,
+        "--no-maps",
+        "--no-overlays",
+    )
     assert run(*common, "--threshold", -1e9) == 0
     assert run(*common, "--threshold", -1e9, "--fail-on-anomaly") == 3
     assert run(*common, "--threshold", 1e9, "--fail-on-anomaly") == 0
@@ -121,10 +129,10 @@ def test_an_uncalibrated_model_names_the_command_that_helps(images, tmp_path, ca
 def test_calibrate_does_not_replace_another_file(model_file, images, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     other.write_text("mine")
-    assert run("calibrate", model_file, images, "--out", other) == 2
+    assert run("calibrate", model_file, images / "0.png", "--out", other) == 2
     assert "--force" in capsys.readouterr().err
     assert other.read_text() == "mine"
-    assert run("calibrate", model_file, images, "--out", other, "--force") == 0
+    assert run("calibrate", model_file, images / "0.png", "--out", other, "--force") == 0
 
 
 def test_a_teacher_alone_is_no_detector(tmp_path, images, capsys):
@@ -159,7 +167,7 @@ def test_evaluate_on_real_screws(shared_data, tmp_path, capsys):
     """Real greyscale images with masks at four times their size; a part of the test folders."""
     source = shared_data / "mvtec_screw_256"
     root = tmp_path / "screw"
-    for part, count in [("train/good", 12), ("test/good", 3), ("test/scratch_head", 3)]:
+    for part, count in [("train/good", 5), ("test/good", 3), ("test/scratch_head", 3)]:
         (root / part).mkdir(parents=True)
         for path in sorted((source / part).iterdir())[:count]:
             (root / part / path.name).symlink_to(path)
