@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientad import __version__
+from efficientad.arguments import build_parser
 
 if TYPE_CHECKING:
     from efficientad.detector import EfficientAD
@@ -34,107 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_USAGE
     try:
-        return options.run(options)
+        return COMMANDS[options.command](options)
     except (ValueError, OSError, ImportError) as error:
         print(f"efficientad {options.command}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print(f"efficientad {options.command}: stopped", file=sys.stderr)
         return 130
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="efficientad",
-        description="EfficientAD anomaly detection: point it at images, get scores and heat maps.",
-        epilog="exit codes: 0 ran, 1 some inputs failed (listed), 2 wrong usage, "
-        "3 anomalies found (with --fail-on-anomaly)",
-    )
-    parser.add_argument("--version", action="version", version=f"efficientad {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    command = commands.add_parser("predict", help="score images and draw heat maps")
-    command.add_argument("model", help="detector file, or another project's checkpoint")
-    command.add_argument("images", nargs="+", help="image files and folders")
-    command.add_argument("--out", type=Path, default=Path("predictions"), help="output folder")
-    command.add_argument("--threshold", type=float, help="use this instead of the detector's own")
-    command.add_argument("--no-maps", action="store_true", help="write no .tiff maps")
-    command.add_argument("--no-overlays", action="store_true", help="write no overlay PNGs")
-    command.add_argument("--fail-on-anomaly", action="store_true", help="exit with 3 on an anomaly")
-    _running(command)
-    command.set_defaults(run=run_predict)
-
-    command = commands.add_parser("evaluate", help="metrics on a test set with known defects")
-    command.add_argument("model")
-    command.add_argument("data", type=Path, help="MVTec AD, MVTec LOCO or VisA folder")
-    command.add_argument("--out", type=Path, default=Path("evaluation"), help="output folder")
-    _layout(command)
-    command.add_argument(
-        "--maps", action="store_true", help="write .tiff maps as the MVTec scripts read them"
-    )
-    command.add_argument("--overlays", action="store_true", help="write overlay PNGs")
-    _running(command)
-    command.set_defaults(run=run_evaluate)
-
-    command = commands.add_parser(
-        "calibrate", help="set statistics, quantiles and threshold from good images"
-    )
-    command.add_argument("model")
-    command.add_argument("good_images", nargs="+", help="images without defects, or a data set")
-    command.add_argument("--out", type=Path, help="default: MODEL with suffix .safetensors")
-    command.add_argument("--force", action="store_true", help="replace an existing other file")
-    command.add_argument(
-        "--fpr",
-        type=float,
-        default=0.01,
-        help="share of good images that may exceed the threshold (default 0.01)",
-    )
-    command.add_argument(
-        "--statistics",
-        choices=("auto", "keep", "recompute"),
-        default="auto",
-        help="teacher channel statistics; auto computes them only if the model has none",
-    )
-    command.add_argument("--border", choices=("nelson", "anomalib", "paper"))
-    command.add_argument("--map-padding", type=int, metavar="CELLS")
-    _layout(command)
-    _running(command)
-    command.set_defaults(run=run_calibrate)
-
-    command = commands.add_parser("convert", help="turn another project's checkpoint into ours")
-    command.add_argument("source", help=".ckpt, .pt, .pth, or a training's folder")
-    command.add_argument("out", type=Path, help="the detector file to write (.safetensors)")
-    command.add_argument("--force", action="store_true", help="replace an existing file")
-    command.add_argument(
-        "--double-normalization",
-        choices=("yes", "no"),
-        help="whether an anomalib 1.0.x checkpoint was trained on images normalised twice",
-    )
-    command.set_defaults(run=run_convert)
-
-    command = commands.add_parser("info", help="what is installed, or what is in a detector file")
-    command.add_argument("model", nargs="?")
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=run_info)
-
-    command = commands.add_parser("demo", help="draw parts, make a detector, find the defects")
-    command.add_argument("--out", type=Path, default=Path("efficientad-demo"))
-    command.add_argument("--seed", type=int, default=0)
-    command.set_defaults(run=run_demo)
-    return parser
-
-
-def _running(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--workers", type=int, default=2, help="decoding threads")
-
-
-def _layout(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--layout", choices=("auto", "folder", "mvtec", "loco", "visa"), default="auto"
-    )
-    command.add_argument("--category", help="object of a VisA or multi-object folder")
 
 
 # ---- commands --------------------------------------------------------------------------------
@@ -283,6 +190,16 @@ def run_demo(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+COMMANDS = {
+    "predict": run_predict,
+    "evaluate": run_evaluate,
+    "calibrate": run_calibrate,
+    "convert": run_convert,
+    "info": run_info,
+    "demo": run_demo,
+}
+
+
 # ---- helpers ---------------------------------------------------------------------------------
 
 
@@ -292,6 +209,8 @@ def environment() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
+
+    from efficientad.ops import choose_backend
 
     facts: dict[str, Any] = {"efficientad": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "numpy", "safetensors", "pillow", "scipy"):
@@ -304,6 +223,9 @@ def environment() -> dict[str, Any]:
         facts["device"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
     else:
         facts["device"] = f"cpu, {torch.get_num_threads()} threads"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = {"triton": "triton kernels", "torch": "torch reference"}[choose_backend(device)]
+    facts["fused operations"] = chosen
     return facts
 
 

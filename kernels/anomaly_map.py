@@ -47,7 +47,7 @@ def _combined(
     return tl.where(mask, value, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part", "height", "width", "out_height", "out_width", "blocks"])
 def _anomaly_map_kernel(
     st_ptr, ae_ptr, part: tl.int64,  # (PARTS, N, height, width) float32 each, elements per part
     affine_ptr,  # (4,) float32: a_st, a_ae, offset, frame
@@ -116,7 +116,7 @@ def _anomaly_map_kernel(
     tl.store(maxima_ptr + image * blocks + block, greatest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _score_kernel(
     maxima_ptr,  # (N, blocks) float32
     score_ptr,  # (N,) float32

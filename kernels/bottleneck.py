@@ -30,7 +30,7 @@ OUT = tl.constexpr(4)  # rows and columns of the result, UP + 2 PAD - K + 1
 TILES = {arch: ((None, Tile(16, 64, 128, warps=4, stages=3)),) for arch in ARCHITECTURES}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_images"])
 def _encode_kernel(
     x_ptr,  # (N, SIDE * SIDE * CIN)
     w_ptr,  # (C, SIDE * SIDE * CIN)
@@ -61,7 +61,7 @@ def _encode_kernel(
     tl.store(part_ptr + row[None, :] * C + n[:, None], acc, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part", "n_images"])
 def _decode_kernel(
     part_ptr, part: tl.int64,  # (SPLITS, N, C) float32, elements per split
     bias_encoder_ptr,  # (C,) float32

@@ -59,7 +59,12 @@ POOL_TILES = {
 }
 
 
-@triton.jit
+# Sizes are not specialised: one binary serves every image, and it is the one that the census shows.
+@triton.jit(
+    do_not_specialize=[
+        "height", "width", "conv_height", "conv_width", "out_height", "out_width", "n_pixels",
+    ]
+)  # fmt: skip
 def _conv_kernel(
     x_ptr, x_delta: tl.int64,  # (N, height, width, CIN) per network, the second x_delta further on
     w,  # (COUT0 + COUT1, K * K * CIN), a descriptor if USE_TMA

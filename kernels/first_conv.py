@@ -39,7 +39,8 @@ TILES = {
 }
 
 
-@triton.jit
+# Sizes are not specialised: one binary serves every image, and it is the one that the census shows.
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "n_pixels"])
 def _first_conv_kernel(
     x_ptr,  # (N, height, width, 4)
     w_ptr,  # (2 or 1 networks * COUT, 64)

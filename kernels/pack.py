@@ -16,7 +16,12 @@ BLOCK = 256  # pixels a program; bound by memory on every architecture, so one c
 WARPS = 4
 
 
-@triton.jit
+# Sizes are not specialised: one binary serves every image, and it is the one that the census shows.
+@triton.jit(
+    do_not_specialize=[
+        "stride_n", "stride_y", "stride_x", "stride_c", "height", "width", "border", "n_pixels",
+    ]
+)  # fmt: skip
 def _pack_kernel(
     image_ptr, stride_n: tl.int64, stride_y: tl.int64, stride_x: tl.int64, stride_c: tl.int64,
     mean_ptr,  # (3,) float32

@@ -54,7 +54,12 @@ def _sum_of_squares(acc, bias_ptr, scale_ptr, first, SCALED: tl.constexpr, BN: t
     return tl.sum(acc * acc, axis=1)
 
 
-@triton.jit
+# Sizes are not specialised: one binary serves every image, and it is the one that the census shows.
+@triton.jit(
+    do_not_specialize=[
+        "height", "width", "out_height", "out_width", "n_pixels", "tiles_per_kind",
+    ]
+)  # fmt: skip
 def _pair_distance_kernel(
     teacher_ptr,  # (N, height, width, CT)
     student_ptr,  # (N, height, width, CS)

@@ -56,7 +56,13 @@ def _source(i, length, size, scale):
     return low, tl.minimum(low + 1, length - 1), position - low.to(tl.float32)
 
 
-@triton.jit
+# Sizes are not specialised: one binary serves every layer, and it is the one that the census shows.
+@triton.jit(
+    do_not_specialize=[
+        "height", "width", "up_height", "up_width", "out_height", "out_width", "n_rows", "n_cols",
+        "n_pixels",
+    ]
+)  # fmt: skip
 def _resize_conv_kernel(
     x_ptr,  # (N, height, width, CIN)
     w_ptr,  # (COUT, K * K * CIN)

@@ -14,7 +14,7 @@ from .common import relu, target_of
 from .grouped import Tile, check_rows, divisor, from_table
 
 # A tile has to fit beside a PDN's 192 KiB and 157 registers a thread: 32 KiB of shared memory and
-# 96 registers at most. Limits are output pixels; a batch of one has 16384 of them in the first
+# about 100 registers. Limits are output pixels; a batch of one has 16384 of them in the first
 # layer, 4096, 1024, 256 and 64 in the next, and 81 of 8x8 taps in the last at 512x512.
 #
 # Few pixels: K is long (1024, 4096) and the loop a chain of memory latencies, so a step takes 128
@@ -36,7 +36,13 @@ TILES = {
 }
 
 
-@triton.jit(do_not_specialize_on_alignment=["x_ptr"])
+# Sizes are not specialised: one binary serves every image, and it is the one that the census shows.
+@triton.jit(
+    do_not_specialize=[
+        "x_image", "x_row", "height", "width", "out_height", "out_width", "n_pixels",
+    ],
+    do_not_specialize_on_alignment=["x_ptr"],
+)  # fmt: skip
 def _strided_conv_kernel(
     x_ptr, x_image: tl.int64, x_row: tl.int64,  # (N, height, width, CIN), elements per image, row
     w_ptr,  # (COUT, K * K * CIN)

@@ -249,6 +249,28 @@ def interpreted_in_few_programs() -> types.SimpleNamespace:
     return types.SimpleNamespace(**calls)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["pixel", "weight"])
+def test_one_value_that_is_not_finite_reaches_the_score(where, device):
+    """Through the whole chain: the image's score is NaN, its neighbour's is what it was."""
+    model = helpers.detector().to(device)
+    image = helpers.images(2, seed=6).to(device)
+    expected = model(image)
+    if where == "pixel":
+        image[0, 1, 77, 130] = torch.inf
+    else:
+        model.student.conv2.weight[7, 3, 2, 1] = torch.inf
+    operations = through_ops() if device != "cpu" else interpreted_in_few_programs()
+    _, score = helpers.compose(model, image, operations, HALF)
+    assert score[0].isnan()
+    if where == "weight":
+        assert score[1].isnan()
+    else:
+        scale = max(0.1, expected.anomaly_map[1].abs().max().item())
+        assert (score[1] - expected.score[1]).abs() <= 1e-2 * scale
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("size", "padding", "operations"),
