@@ -253,9 +253,9 @@ def bottleneck(
     return _run("bottleneck", backend, x, x, weight_encoder, bias_encoder, weight, bias)
 
 
-def _map_fake(map_st, map_ae, affine, size, padding, backend):
+def _map_fake(map_st, map_ae, affine, size, padding, map_dtype, backend):
     n = map_st.shape[-3]
-    return map_st.new_empty((n, *size)), map_st.new_empty((n,))
+    return map_st.new_empty((n, *size), dtype=map_dtype), map_st.new_empty((n,))
 
 
 @_operator(_map_fake)
@@ -265,7 +265,8 @@ def anomaly_map(
     affine: Tensor,
     size: list[int],
     padding: int,
+    map_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     maps = (map_st, map_ae, affine, tuple(size))
-    return _run("anomaly_map", backend, map_st, *maps, padding=padding)
+    return _run("anomaly_map", backend, map_st, *maps, padding=padding, map_dtype=map_dtype)

@@ -317,6 +317,7 @@ def anomaly_map(
     size: tuple[int, int],
     *,
     padding: int,
+    map_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.anomaly_map`."""
@@ -331,4 +332,7 @@ def anomaly_map(
         raise ValueError(f"size is {tuple(size)}; rows and columns must be at least 1")
     if padding < 0:
         raise ValueError(f"padding is {padding}; it must be >= 0 cells")
-    return operators.anomaly_map(map_st, map_ae, affine, list(size), padding, chosen)
+    map_dtype = map_dtype or map_st.dtype
+    if map_dtype not in (map_st.dtype, torch.float16):
+        raise ValueError(f"map_dtype is {map_dtype}; it must be {map_st.dtype} or torch.float16")
+    return operators.anomaly_map(map_st, map_ae, affine, list(size), padding, map_dtype, chosen)

@@ -297,6 +297,7 @@ def anomaly_map(
     size: tuple[int, int],
     *,
     padding: int,
+    map_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalise, combine, pad and upsample the distance maps; take the maximum (Algorithm 2, 7-11).
 
@@ -309,9 +310,12 @@ def anomaly_map(
             `frame` is the value of the padded cells.
         size: rows and columns of the result.
         padding: cells put on every side before the resize.
+        map_dtype: of the map, float32 or float16; None is that of the distance maps. The score is
+            not rounded to it.
 
     Returns:
-        (anomaly_map (N, *size), score (N,)), float32: the score is the maximum after the resize.
+        (anomaly_map (N, *size), score (N,)), in at least float32; the score is the maximum after
+        the resize.
         A combined value that is not finite is NaN in the map, and the image's score is NaN.
     """
     st, ae = _wide(map_st), _wide(map_ae)
@@ -324,7 +328,8 @@ def anomaly_map(
     up = F.interpolate(padded, size=size, mode="bilinear")[:, 0] + frame
     score = up.amax(dim=(-2, -1))
     # A downscale may skip cells; a value that is not finite counts wherever it is.
-    return up, torch.where(combined.isnan().any(-1).any(-1), torch.nan, score)
+    score = torch.where(combined.isnan().any(-1).any(-1), torch.nan, score)
+    return up.to(map_dtype or up.dtype), score
 
 
 def distance_map(a: Tensor, b: Tensor) -> Tensor:

@@ -69,7 +69,10 @@ def cases(device: str = "cpu", dtype: torch.dtype = HALF):
             ),
             {},
         ),
-        "anomaly_map": ((*maps, affine, (20, 30)), {"padding": 4}),
+        "anomaly_map": (
+            (*maps, affine, (20, 30)),
+            {"padding": 4, "map_dtype": torch.float16},
+        ),
     }
 
 
@@ -204,6 +207,7 @@ def change(name: str, position, value, **options):
         ("anomaly_map", 1, lambda t: t[:2], {}, r"map_ae has shape \(2, 2, 6, 7\)"),
         ("anomaly_map", 2, lambda t: t[:3], {}, "affine has shape"),
         ("anomaly_map", None, None, {"padding": -1}, "padding is -1"),
+        ("anomaly_map", None, None, {"map_dtype": torch.int8}, "map_dtype is torch.int8"),
     ],
 )
 def test_messages_name_argument_value_and_rule(name, position, value, options, message):
