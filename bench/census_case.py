@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,3 +33,13 @@ class CensusCase:
     num_warps: int
     num_stages: int
     divisible_by_16: tuple[str, ...] = field(default=())
+
+
+def each_once(cases: Iterable[CensusCase]) -> Iterator[CensusCase]:
+    """The cases without repeats: shapes that get the same tile compile to the same kernel."""
+    seen = set()
+    for case in cases:
+        key = (case.kernel, case.config, case.dtype)
+        if key not in seen:
+            seen.add(key)
+            yield case

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bench.census_case import CensusCase
+from bench.census_case import CensusCase, each_once
 from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
 
 IMAGE = 256  # pixels a side
@@ -200,9 +200,4 @@ def _all_cases(arch: int) -> Iterator[CensusCase]:
 
 def cases(arch: int) -> Iterator[CensusCase]:
     """Every shipped configuration for compute capability `arch`, each once."""
-    seen = set()
-    for case in _all_cases(arch):
-        key = (case.kernel, case.config, case.dtype)
-        if key not in seen:
-            seen.add(key)
-            yield case
+    return each_once(_all_cases(arch))

@@ -1,4 +1,4 @@
-"""Floor 4, imports detector and networks: a detector fitted in closed form, a demonstration.
+"""Floor 4, imports detector, calibration and networks: a closed-form fit for demonstration.
 
 This is not EfficientAD training (paper, Algorithm 1): nothing is learned by gradient descent. The
 networks are the genuine ones, so that everything downstream meets a real detector, but their inner
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficientad.calibration import ChannelStatistics
 from efficientad.detector import EfficientAD
 from efficientad.networks import PDN, Encoder, decoder_sizes
 
@@ -162,11 +163,10 @@ def _solve_conv(
 def _fit_statistics(detector: EfficientAD, images: Tensor) -> list[Tensor]:
     """Set the teacher's channel statistics; return its normalised features, batch by batch."""
     features = [detector.teacher(x) for x in _batches(images)]
-    total = sum(y.sum((0, 2, 3), dtype=torch.float64) for y in features)
-    count = sum(y[:, 0].numel() for y in features)
-    mean = (total / count).view(1, -1, 1, 1)
-    square = sum((y - mean).square().sum((0, 2, 3)) for y in features)
-    detector.set_statistics(mean, (square / count).sqrt())
+    statistics = ChannelStatistics()
+    for y in features:
+        statistics.add(y)
+    detector.set_statistics(*statistics.result())
     return [(y - detector.teacher_mean) / detector.teacher_std for y in features]
 
 

@@ -95,6 +95,14 @@ def _check_room(name: str, x: Tensor, side: int, padding: int) -> None:
         )
 
 
+def _check_scale(name: str, x: Tensor, scale: object | None) -> None:
+    if (x.dtype == FP8) != (scale is not None):
+        raise ValueError(
+            f"{name} has dtype {x.dtype} and scale is {'not ' if scale is None else ''}given; it "
+            "goes with float8_e4m3fn and only with that"
+        )
+
+
 def _check_group(x, weight, bias, scale, padding: int, backend: str | None) -> str:
     """Check the arguments of a convolution grouped over networks; returns the backend."""
     given = {"x": x, "weight": weight, "bias": bias}
@@ -102,11 +110,7 @@ def _check_group(x, weight, bias, scale, padding: int, backend: str | None) -> s
     first = x[0]
     chosen = choose_backend(first.device, backend)
     check_tensor("x[0]", first, (None,) * 4, dtypes=_dtypes(chosen, fp8=True))
-    if (first.dtype == FP8) != (scale is not None):
-        raise ValueError(
-            f"x has dtype {first.dtype} and scale is {'not ' if scale is None else ''}given; it "
-            "goes with float8_e4m3fn and only with that"
-        )
+    _check_scale("x", first, scale)
     for i, x_i in enumerate(x):
         shape = (*first.shape[:3], None)
         check_tensor(f"x[{i}]", x_i, shape, dtypes=(first.dtype,), device=first.device)
@@ -235,11 +239,7 @@ def pair_distance(
     shape = (teacher.shape[0], *out, None)
     check_tensor("autoencoder", autoencoder, shape, dtypes=dtypes, device=device)
     _check_conv("_autoencoder", autoencoder, weight_autoencoder, both[1], (3,), rows=channels)
-    if (dtype == FP8) != (scale is not None):
-        raise ValueError(
-            f"teacher has dtype {dtype} and scale is {'not ' if scale is None else ''}given; it "
-            "goes with float8_e4m3fn and only with that"
-        )
+    _check_scale("teacher", teacher, scale)
     if scale is not None:
         check_tensor("scale", scale, (2 * channels,), dtypes=_wide(teacher), device=device)
     weights = (weight_teacher, weight_student, weight_autoencoder)
