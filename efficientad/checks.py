@@ -46,3 +46,9 @@ def check_networks(**tensors: Sequence[Tensor]) -> int:
         found = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(f"entries per argument are {found}; each needs one per network, 1 or 2")
     return next(iter(counts.values()))
+
+
+def check_map_size(map_size: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless `map_size` is one of the choices."""
+    if map_size not in choices:
+        raise ValueError(f"map_size is {map_size!r}; it must be {' or '.join(map(repr, choices))}")

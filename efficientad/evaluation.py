@@ -107,9 +107,8 @@ def evaluate(
         if tiffs is not None:
             write_tiff(tiffs / name.with_name(f"{name.name}.tiff"), own_size)
         if folder is not None:
-            verdict = is_anomalous(score, detector.threshold)
             folder.add(
-                Prediction(raw.index, score, verdict, own_size, raw.source_size),
+                Prediction(raw.index, score, detector.threshold, own_size, raw.source_size),
                 sample.path,
                 name,
                 image=read_image(sample.path),

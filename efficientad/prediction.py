@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,24 +16,141 @@ OnError = Callable[[int, Any, ImageError], None]
 MAP_SIZES = ("source", "input")
 
 
-@dataclass(frozen=True)
 class Prediction:
-    """One image's result.
+    """The result of one image, or of a batch of N images.
+
+    What a predictor returns holds tensors on its device; `cpu()` gives the same with host values.
+    A batch has a length, can be indexed and iterated.
 
     Attributes:
-        index: its place among the sources.
-        score: the image score; NaN if anything in the image's maps is not finite.
-        is_anomalous: whether the score exceeds the threshold; a NaN score does (fail safe). None
-            without a threshold.
-        anomaly_map: (H, W) float32, at the size asked for.
-        source_size: (height, width) of the image before resizing.
+        index: the image's place among the sources; of a batch, one per image.
+        score: the image score; NaN if anything in the image's maps is not finite. A float or a
+            tensor (), of a batch (N,).
+        anomaly_map: (H, W) float32 at the size asked for, of a batch (N, H, W), or a list of maps
+            where sizes differ. None if no map was asked for.
+        source_size: (height, width) of the image before resizing; of a batch, one per image.
+        threshold: by which `is_anomalous` judges; None judges nothing.
+        image: the frame itself, uint8 (H, W, 3), for `overlay`; None where it is not kept.
     """
 
-    index: int
-    score: float
-    is_anomalous: bool | None
-    anomaly_map: np.ndarray
-    source_size: tuple[int, int]
+    __slots__ = (
+        "_not_numbers",
+        "_serial",
+        "anomaly_map",
+        "image",
+        "index",
+        "score",
+        "source_size",
+        "threshold",
+    )
+
+    def __init__(
+        self,
+        index: int | Sequence[int],
+        score: float | Tensor,
+        threshold: float | None,
+        anomaly_map: Any,
+        source_size: Any,
+        image: Any = None,
+        *,
+        serial: int = 0,
+        not_numbers: set[int] | None = None,
+    ) -> None:
+        self.index, self.score, self.threshold = index, score, threshold
+        self.anomaly_map, self.source_size, self.image = anomaly_map, source_size, image
+        # Where host values show a NaN score, its serial number goes to the predictor's set.
+        self._serial, self._not_numbers = serial, not_numbers
+
+    @property
+    def is_anomalous(self) -> Any:
+        """Whether the score exceeds the threshold; a NaN score does (fail safe).
+
+        bool, or a bool tensor beside a tensor score, of a batch (N,). None without a threshold.
+        """
+        if self.threshold is None:
+            return None
+        normal = self.score <= self.threshold
+        return ~normal if isinstance(normal, (Tensor, np.ndarray)) else not normal
+
+    @property
+    def batched(self) -> bool:
+        """Whether this is the result of a batch."""
+        return not isinstance(self.index, int)
+
+    def __len__(self) -> int:
+        if not self.batched:
+            raise TypeError("the prediction of one image has no length")
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Prediction:
+        """The i-th image's prediction, a view of this one."""
+        i = range(len(self))[i]
+        return Prediction(
+            self.index[i],
+            self.score[i] if isinstance(self.score, Tensor) else float(self.score[i]),
+            self.threshold,
+            None if self.anomaly_map is None else self.anomaly_map[i],
+            self.source_size[i],
+            None if self.image is None else self.image[i],
+            serial=self._serial + i,
+            not_numbers=self._not_numbers,
+        )
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return (self[i] for i in range(len(self)))
+
+    def cpu(self) -> Prediction:
+        """The same with host values: float and numpy arrays. Waits for the device."""
+        score = _host(self.score)
+        if self._not_numbers is not None:
+            where = np.flatnonzero(np.isnan(np.atleast_1d(score)))
+            self._not_numbers.update((self._serial + where).tolist())
+        maps = self.anomaly_map
+        maps = [_host(m) for m in maps] if isinstance(maps, list) else _host(maps)
+        if not self.batched:
+            score = float(score)
+        return Prediction(self.index, score, self.threshold, maps, self.source_size, self.image)
+
+    def overlay(self, **options: Any) -> Any:
+        """The frame with the map's colours over it, as a PIL image (see `overlay.overlay`).
+
+        Raises:
+            ValueError: a batch, no map, or a frame that is not at hand.
+        """
+        from PIL import Image
+
+        from efficientad.overlay import overlay
+
+        if self.batched:
+            raise ValueError("this is the prediction of a batch; index it to overlay one image")
+        if self.anomaly_map is None or self.image is None:
+            what = "map" if self.anomaly_map is None else "image"
+            raise ValueError(f"the prediction holds no {what} to draw")
+        return Image.fromarray(
+            overlay(_host(self.image), _host(self.anomaly_map), self.threshold, **options)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Index, score, verdict, threshold and source size as plain numbers, for JSON."""
+        host = self.cpu()
+        return {
+            "index": host.index if isinstance(host.index, int) else list(host.index),
+            "score": host.score if isinstance(host.score, float) else host.score.tolist(),
+            "is_anomalous": np.asarray(host.is_anomalous).tolist(),
+            "threshold": self.threshold,
+            "source_size": [list(s) for s in self.source_size]
+            if self.batched
+            else list(self.source_size),
+        }
+
+    def __repr__(self) -> str:
+        what = f"{len(self)} images" if self.batched else f"image {self.index}"
+        return f"Prediction({what}, score={self.score}, is_anomalous={self.is_anomalous})"
+
+
+def _host(value: Any) -> Any:
+    """A tensor as a numpy array; anything else as it is."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
 
 
 class RawMaps(NamedTuple):
@@ -122,7 +238,7 @@ def _prediction(detector: EfficientAD, raw: RawMaps, map_size: str) -> Predictio
     return Prediction(
         raw.index,
         score,
-        is_anomalous(score, detector.threshold),
+        detector.threshold,
         sized_map(detector, raw, raw.source_size if map_size == "source" else detector.image_size),
         raw.source_size,
     )

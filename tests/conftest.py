@@ -16,6 +16,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where the kernels run: cpu (Triton's interpreter) or a CUDA device",
     )
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="compare the fast path with the reference on 200 images instead of 12",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

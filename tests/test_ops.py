@@ -234,25 +234,6 @@ def through_ops() -> types.SimpleNamespace:
     return types.SimpleNamespace(**calls)
 
 
-def interpreted_in_few_programs() -> types.SimpleNamespace:
-    """The same kernels with tiles of thousands of pixels: twenty times faster to interpret."""
-    from efficientad.kernels.grouped import Tile
-
-    tiles = {
-        "first_conv_relu_pool": Tile(4096, 256, 128, warps=8, stages=1),
-        "conv_relu": Tile(4096, 256, 256, warps=8, stages=3),
-        "conv_relu_pool": Tile(4096, 256, 256, warps=8, stages=3),
-        "pair_distance": Tile(4096, 128, 256, warps=8, stages=3),
-        "strided_conv_relu": Tile(4096, 64, 256, warps=4, stages=1),
-        "resize_conv_relu": Tile(4096, 64, 128, warps=4, stages=1),
-    }
-    calls = {}
-    for name in ops.OPERATIONS:
-        tile = {"tile": tiles[name]} if name in tiles else {}
-        calls[name] = partial(operators.kernel(name), **tile)
-    return types.SimpleNamespace(**calls)
-
-
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["pixel", "weight"])
@@ -265,7 +246,7 @@ def test_one_value_that_is_not_finite_reaches_the_score(where, device):
         image[0, 1, 77, 130] = torch.inf
     else:
         model.student.conv2.weight[7, 3, 2, 1] = torch.inf
-    operations = through_ops() if device != "cpu" else interpreted_in_few_programs()
+    operations = through_ops() if device != "cpu" else helpers.interpreted_in_few_programs()
     _, score = helpers.compose(model, image, operations, HALF)
     assert score[0].isnan()
     if where == "weight":
@@ -279,10 +260,10 @@ def test_one_value_that_is_not_finite_reaches_the_score(where, device):
 @pytest.mark.parametrize(
     ("size", "padding", "operations"),
     [
-        ("S", False, interpreted_in_few_programs),
-        ("S", True, interpreted_in_few_programs),
-        pytest.param("M", False, interpreted_in_few_programs, marks=pytest.mark.slow),
-        pytest.param("M", True, interpreted_in_few_programs, marks=pytest.mark.slow),
+        ("S", False, helpers.interpreted_in_few_programs),
+        ("S", True, helpers.interpreted_in_few_programs),
+        pytest.param("M", False, helpers.interpreted_in_few_programs, marks=pytest.mark.slow),
+        pytest.param("M", True, helpers.interpreted_in_few_programs, marks=pytest.mark.slow),
         pytest.param("S", False, through_ops, marks=pytest.mark.slow),
     ],
 )

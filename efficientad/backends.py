@@ -1,0 +1,231 @@
+"""Floor 3, imports folding, forward, folded_network and operators: what a predictor computes with.
+
+A backend turns packed images into distance maps and these into anomaly maps. `KernelBackend` runs
+the Triton kernels, `TorchBackend` the folded torch network; both have the same methods, so that the
+predictor and its CUDA graphs do not know which they hold.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from efficientad import reference
+from efficientad.detector import EfficientAD
+from efficientad.folded_network import FoldedNetwork
+from efficientad.folding import fold
+from efficientad.forward import Plan, Workspace, autoencoder, distance_maps, trunk
+from efficientad.native_file import golden_image
+from efficientad.operators import kernel
+from efficientad.ops import choose_backend
+
+# Largest and RMS difference of maps from float32's, as parts of max(0.1, largest |map|).
+BOUNDS = {
+    torch.float32: (1e-4, 2e-5),
+    torch.float16: (1e-2, 2e-3),
+    torch.bfloat16: (5e-2, 1e-2),
+}
+Maps = tuple[Tensor, Tensor]
+
+
+class Kernels:
+    """The Triton kernels under the names of `efficientad.reference`, without checks."""
+
+    def __getattr__(self, name: str):
+        function = kernel(name)
+        setattr(self, name, function)
+        return function
+
+
+class KernelBackend:
+    """The fused kernels, with every activation in a buffer that is kept.
+
+    Args:
+        detector: calibrated; its weights are read.
+        dtype: float16 or bfloat16.
+        device: a CUDA device from sm_80 on, or the CPU in Triton's interpreter (tests).
+
+    The first run must have the largest batch; see `forward.Workspace`.
+    """
+
+    name = "triton kernels"
+    channels = 4
+
+    def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}; the kernels compute in float16 or bfloat16")
+        self.dtype, self.device = dtype, device
+        self.weights = fold(detector, dtype, device)
+        self.plan = Plan(
+            detector.size, detector.padding, detector.image_size, detector.map_padding, device
+        )
+        self.border = self.plan.border
+        self._kernels = Kernels()
+        self._workspace = Workspace()
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def reload(self, detector: EfficientAD) -> None:
+        """Take over another detector's weights, in place."""
+        self.weights.copy_(fold(detector, self.dtype, self.device))
+
+    def pack(self, image: Tensor, packed: Tensor, *, channels_last: bool) -> None:
+        """Normalise uint8 or float images into `packed` (N, H + 2 border, W + 2 border, 4)."""
+        mean, std = self.weights.image_mean, self.weights.image_std
+        options = {"channels_last": channels_last, "border": self.border, "out": packed}
+        self._kernels.pack(image, mean, std, **options)
+
+    def distance_maps(self, packed: Tensor) -> Maps:
+        """Packed images -> partial maps (P, N, h, w); the autoencoder on a stream of its own."""
+        run = self._workspace.runner(len(packed))
+        arguments = (self.plan, self.weights, packed, self._kernels, run)
+        with self._branch():
+            decoded = autoencoder(*arguments)
+        features = trunk(*arguments)
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        return distance_maps(self.weights, features, decoded, self._kernels)
+
+    @contextmanager
+    def _branch(self) -> Iterator[None]:
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def anomaly_map(
+        self, maps: Maps, size: tuple[int, int], padding: int, out: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Distance maps -> anomaly map (N, *size) and score (N,)."""
+        return self._kernels.anomaly_map(*maps, self.weights.affine, size, padding=padding, out=out)
+
+
+class TorchBackend:
+    """The folded torch network in channels_last; arguments as in `KernelBackend`.
+
+    dtype: float32, float16 (CUDA only), bfloat16 or float64.
+    """
+
+    name = "folded torch network"
+    channels = 3
+    border = 0
+
+    def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.network = FoldedNetwork(detector, dtype, device)
+        wide = torch.promote_types(dtype, torch.float32)
+        self._mean, self._std, self._affine = (
+            value.flatten().to(device, wide, copy=True)
+            for value in (detector.image_mean, detector.image_std, detector.affine)
+        )
+
+    @torch.no_grad()
+    def reload(self, detector: EfficientAD) -> None:
+        """Take over another detector's weights, in place."""
+        self.network.reload(detector)
+        self._mean.copy_(detector.image_mean.flatten())
+        self._std.copy_(detector.image_std.flatten())
+        self._affine.copy_(detector.affine)
+
+    @torch.no_grad()
+    def pack(self, image: Tensor, packed: Tensor, *, channels_last: bool) -> None:
+        """Normalise uint8 or float images into `packed` (N, H, W, 3)."""
+        options = {"channels_last": channels_last, "dtype": self._mean.dtype}
+        packed.copy_(reference.pack(image, self._mean, self._std, **options)[..., :3])
+
+    @torch.no_grad()
+    def distance_maps(self, packed: Tensor) -> Maps:
+        """Packed images -> distance maps (N, h, w)."""
+        return self.network(packed.permute(0, 3, 1, 2))
+
+    @torch.no_grad()
+    def anomaly_map(
+        self, maps: Maps, size: tuple[int, int], padding: int, out: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Distance maps -> anomaly map (N, *size) and score (N,)."""
+        result = reference.anomaly_map(*maps, self._affine, size, padding=padding)
+        if out is None:
+            return result
+        for place, value in zip(out, result, strict=True):
+            place.copy_(value)
+        return out
+
+
+Backend = KernelBackend | TorchBackend
+
+
+def build_backend(
+    detector: EfficientAD, dtype: torch.dtype, device: torch.device, kind: str, images: int
+) -> tuple[Backend, str | None]:
+    """The backend to predict with, and why it is not the kernels where it might have been.
+
+    Args:
+        kind: "triton", "torch" or "auto": the kernels on CUDA devices from sm_80 on in half
+            precision, if they compile and pass the numerical self-check, else torch.
+        images: the largest batch.
+    """
+    if kind not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend is {kind!r}; it must be 'auto', 'triton' or 'torch'")
+    if kind == "torch" or (kind == "auto" and choose_backend(device) == "torch"):
+        reason = None
+        if device.type == "cuda" and kind == "auto":
+            reason = "the device is older than sm_80, or EFFICIENTAD_BACKEND says torch"
+        return TorchBackend(detector, dtype, device), reason
+    if dtype == torch.float32:
+        if kind == "triton":
+            raise ValueError("backend is 'triton' and dtype is float32; use float16 or bfloat16")
+        return TorchBackend(detector, dtype, device), None
+    try:
+        backend = KernelBackend(detector, dtype, device)
+        problem = self_check(backend, detector, images)
+    except Exception as error:  # whatever Triton or the driver raises, the line must go on
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem is None:
+        return backend, None
+    if kind == "triton":
+        raise ValueError(f"backend is 'triton' and the kernels cannot be used: {problem}")
+    warnings.warn(
+        f"the Triton kernels are not used on {device}: {problem}. The predictor runs the folded "
+        "torch network in its place: same results, slower",
+        stacklevel=3,
+    )
+    return TorchBackend(detector, dtype, device), problem
+
+
+@torch.no_grad()
+def self_check(backend: Backend, detector: EfficientAD, images: int) -> str | None:
+    """Compare the backend's maps with the float32 network's on a built-in image.
+
+    The first run of the backend, so it has the largest batch.
+
+    Returns:
+        None if they agree within BOUNDS, else what is wrong.
+    """
+    device, size = backend.device, detector.image_size
+    image = torch.nn.functional.interpolate(golden_image(), size=size, mode="bilinear")
+    image = image.float().to(device).expand(images, -1, -1, -1).contiguous()
+    shape = (images, size[0] + 2 * backend.border, size[1] + 2 * backend.border, backend.channels)
+    packed = torch.empty(shape, dtype=backend.dtype, device=device)
+    backend.pack(image, packed, channels_last=False)
+    maps = backend.distance_maps(packed)
+    found, score = backend.anomaly_map(maps, size, detector.map_padding, None)
+    exact = TorchBackend(detector, torch.float32, device)
+    plain = torch.empty((1, *size, 3), device=device)
+    exact.pack(image[:1], plain, channels_last=False)
+    expected, best = exact.anomaly_map(exact.distance_maps(plain), size, detector.map_padding, None)
+    scale = max(0.1, float(expected.abs().max()))
+    largest, rms = BOUNDS[backend.dtype]
+    difference = (found.float() - expected).div_(scale)
+    worst = max(float(difference.abs().max()), float((score - best).abs().max()) / scale)
+    root = float(difference.square().mean().sqrt())
+    if worst <= largest and root <= rms:  # false for NaN
+        return None
+    return (
+        f"self-check failed: difference {worst:.2g} (bound {largest:g}), RMS {root:.2g} (bound "
+        f"{rms:g}) of the map's scale"
+    )

@@ -1,0 +1,123 @@
+"""Floor 3, imports folding and networks: the folded detector in plain torch, channels_last.
+
+The fast path of a CPU, and of a GPU that cannot run the kernels. It has the arithmetic of the
+detector with fewer passes over memory: the difference between teacher and student is one
+convolution over their concatenated features, and no 384-channel intermediate is normalised.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efficientad import folding
+from efficientad.detector import EfficientAD
+from efficientad.networks import PDN_LAYERS, TEACHER_CHANNELS, decoder_sizes
+
+
+class FoldedNetwork(nn.Module):
+    """Distance maps of normalised images, in one computing dtype.
+
+    Args:
+        detector: its weights are read, not changed.
+        dtype: of weights and activations; the distances are summed in at least float32.
+        device: of the weights; None is the detector's.
+    """
+
+    def __init__(
+        self,
+        detector: EfficientAD,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.padding = detector.size, detector.padding
+        device = detector.affine.device if device is None else device
+        for name, value in _folded_tensors(detector).items():
+            layout = {"memory_format": torch.channels_last} if value.dim() == 4 else {}
+            self.register_buffer(name, value.to(device, dtype, copy=True).contiguous(**layout))
+
+    @torch.no_grad()
+    def reload(self, detector: EfficientAD) -> None:
+        """Take over the weights of another detector of the same size, in place.
+
+        Raises:
+            ValueError: a detector of another size or padding.
+        """
+        if (detector.size, detector.padding) != (self.size, self.padding):
+            raise ValueError(
+                f"the detector is EfficientAD-{detector.size} with padding={detector.padding}; "
+                f"this network is {self.size} with padding={self.padding}: build a new one"
+            )
+        for name, value in _folded_tensors(detector).items():
+            getattr(self, name).copy_(value)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w), float32."""
+        height, width = x.shape[-2:]
+        teacher, student = self._trunk(x, "teacher"), self._trunk(x, "student")
+        decoded = self._autoencoder(x, (height, width))
+        st = F.conv2d(torch.cat([teacher, student], 1), self.st_weight, self.st_bias)
+        ae = F.conv2d(student, self.ae_weight, self.ae_bias)
+        ae += F.conv2d(decoded, self.deconv8_weight, None, padding=1)
+        return _mean_square(st), _mean_square(ae)
+
+    def _trunk(self, x: Tensor, name: str) -> Tensor:
+        for i, row in enumerate(PDN_LAYERS[self.size][:-1], start=1):
+            padding = row.padding if self.padding else 0
+            weight, bias = getattr(self, f"{name}{i}_weight"), getattr(self, f"{name}{i}_bias")
+            x = F.relu_(F.conv2d(x, weight, bias, padding=padding))
+            if row.pool:
+                x = F.avg_pool2d(x, 2, 2, padding=int(self.padding))
+        return x
+
+    def _autoencoder(self, x: Tensor, image_size: tuple[int, int]) -> Tensor:
+        def conv(x: Tensor, name: str, **options) -> Tensor:
+            return F.conv2d(
+                x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias"), **options
+            )
+
+        for i in range(1, 6):
+            x = F.relu_(conv(x, f"enconv{i}", stride=2, padding=1))
+        x = conv(x, "enconv6")
+        rows, cols = (decoder_sizes(length, self.padding) for length in image_size)
+        for i in range(1, 8):
+            x = F.interpolate(x, size=(rows[i - 1], cols[i - 1]), mode="bilinear")
+            x = F.relu_(conv(x, f"deconv{i}", padding=2 if i < 7 else 1))
+        return x
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    """Channel mean of squares of (N, C, h, w), summed in at least float32."""
+    wide = torch.promote_types(difference.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(difference, dim=1, dtype=wide)
+    return norm.square_().div_(difference.shape[1])
+
+
+@torch.no_grad()
+def _folded_tensors(detector: EfficientAD) -> dict[str, Tensor]:
+    """Weights and biases in float64, OIHW, by the name of the buffer that holds them."""
+    tensors = {}
+    for name, network in (("teacher", detector.teacher), ("student", detector.student)):
+        for i in range(1, len(PDN_LAYERS[detector.size])):
+            tensors |= _layer(f"{name}{i}", getattr(network, f"conv{i}"))
+    for i in range(1, 7):
+        tensors |= _layer(f"enconv{i}", getattr(detector.autoencoder.encoder, f"enconv{i}"))
+    decoder = detector.autoencoder.decoder
+    for i in range(1, 8):
+        tensors |= _layer(f"deconv{i}", getattr(decoder, f"deconv{i}"))
+    weight, bias = folding.normalized_teacher(detector)
+    last = folding.last_conv(detector.student)
+    student_weight, student_bias = last.weight.double(), last.bias.double()
+    c = TEACHER_CHANNELS
+    tensors["st_weight"] = torch.cat([weight, -student_weight[:c]], dim=1)
+    tensors["st_bias"] = bias - student_bias[:c]
+    tensors["ae_weight"] = -student_weight[c:]
+    tensors["ae_bias"] = decoder.deconv8.bias.double() - student_bias[c:]
+    tensors["deconv8_weight"] = decoder.deconv8.weight.double()
+    return tensors
+
+
+def _layer(name: str, conv: nn.Conv2d) -> dict[str, Tensor]:
+    return {f"{name}_weight": conv.weight.double(), f"{name}_bias": conv.bias.double()}

@@ -1,0 +1,385 @@
+"""Floor 4, imports runners, frame_inputs, frames, streaming and prediction: the fast predictor."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientad import frames as frame_path
+from efficientad.backends import build_backend
+from efficientad.checks import check_map_size
+from efficientad.detector import AnomalyOutput, EfficientAD
+from efficientad.devices import choose_device, choose_dtype
+from efficientad.frame_inputs import Frame, as_batch, read_frames
+from efficientad.images import ImageError
+from efficientad.prediction import Prediction
+from efficientad.runners import EagerRunner, GraphRunner, Result
+from efficientad.staging import Staging
+
+MAP_SIZES = ("input", "source", "feature", None)
+DEFAULT_BUCKETS = {"cuda": (1, 4, 16), "cpu": (1,)}
+
+
+class FastPredictor:
+    """Frames in, scores and anomaly maps out, as fast as the device allows.
+
+    On a CUDA device from sm_80 on: the fused kernels in one CUDA graph per batch size. On an older
+    one, or where the kernels cannot be compiled or fail their numerical self-check: the folded
+    torch network in the same graphs. On a CPU: the folded torch network in channels_last.
+
+    Args:
+        detector: calibrated; its weights are copied, and it may be dropped or changed afterwards.
+        device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", or a torch.device.
+        dtype: "auto", or "float32", "float16", "bfloat16" or the torch dtype. "auto" is float16 on
+            CUDA, and on a CPU bfloat16 where the processor computes in it, else float32. float32
+            runs the folded torch network.
+        batch_sizes: the buckets. A batch is cut into the largest that fit; what remains is padded
+            to the next bucket on a GPU. None: (1, 4, 16) on a GPU and (1,) on a CPU, where a larger
+            batch gains nothing.
+        map_size: of the maps that calls return unless they say otherwise, see `__call__`.
+        backend: "auto", or "triton" or "torch" to insist.
+
+    Calls from several threads are safe: a lock serialises the steps. For more throughput give each
+    thread an instance of its own.
+
+    After construction a step allocates nothing but its result, which never aliases the predictor's
+    buffers. Nothing waits for the device but `Prediction.cpu()` and reading a value.
+
+    Attributes:
+        threshold: by which predictions are judged; the detector's, and may be set at any time.
+        facts: device, dtype, backend, the reason if the kernels are not used, and the seconds that
+            construction took.
+
+    Raises:
+        UncalibratedError: the detector has no statistics or quantiles.
+        ValueError: arguments out of range; float16 on a CPU; a CUDA device where there is none.
+    """
+
+    def __init__(
+        self,
+        detector: EfficientAD,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        batch_sizes: Sequence[int] | None = None,
+        map_size: str | None = "input",
+        backend: str = "auto",
+    ) -> None:
+        start = time.perf_counter()
+        if not detector.calibrated:
+            detector.raise_uncalibrated()
+        check_map_size(map_size, MAP_SIZES)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device, backend)
+        self.batch_sizes = _check_buckets(batch_sizes, self.device)
+        self.map_size = map_size
+        self.image_size = detector.image_size
+        self.map_padding = detector.map_padding
+        self.score_size = detector.score_size
+        self.threshold = detector.threshold
+        self._frames, self._not_numbers = 0, set()
+        self._model = (detector.size, detector.padding)
+        self._lock = threading.Lock()
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with self._on_device(), torch.no_grad():
+            largest = self.batch_sizes[-1]
+            self._backend, reason = build_backend(
+                detector, self.dtype, self.device, backend, largest
+            )
+            self._normalization = _normalization(detector)
+            arguments = (self._backend, self.image_size, self.map_padding)
+            if self._stream is None:
+                self._runner, self._staging = EagerRunner(*arguments, largest), None
+            else:
+                self._runner = GraphRunner(*arguments, self.batch_sizes, self._stream)
+                self._staging = Staging(self._runner.packed(largest), self._runner.frames(largest))
+        self.facts = {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backend": self._backend.name,
+            "reason": reason,
+            "construction_seconds": round(time.perf_counter() - start, 3),
+        }
+
+    # ---- calls -------------------------------------------------------------------------------
+
+    def __call__(self, source: Any, *, map_size: str | None = "default") -> Prediction:
+        """Score one frame or a batch.
+
+        Args:
+            source: one frame: uint8 (H, W, 3) RGB as an array or a tensor on the host or the
+                device, (H, W) grey, uint16 on the host (scaled from 0..65535), a PIL image, a path,
+                or encoded bytes. Or a batch of them: a list, a tuple, an iterator, an array
+                (N, H, W, C). Sizes may differ.
+            map_size: "input" (the network's input size), "source" (each frame's own), "feature"
+                (the networks' grid, no padding), or None for no map. Default: the predictor's.
+                The score does not depend on it.
+
+        Returns:
+            The prediction of one frame, or of a batch with N of everything. Its fields are tensors
+            on the predictor's device.
+
+        Raises:
+            ImageError: a frame that cannot be read; in a batch the error names its place.
+            ValueError: an empty batch, an unknown map_size.
+        """
+        map_size = self.map_size if map_size == "default" else map_size
+        check_map_size(map_size, MAP_SIZES)
+        sources, batched = as_batch(source)
+        return self.predict_frames(read_frames(sources), map_size=map_size, batched=batched)
+
+    @torch.no_grad()
+    def predict_frames(
+        self, frames: Sequence[Frame], *, map_size: str | None, batched: bool
+    ) -> Prediction:
+        """As `__call__`, of frames that `frame_inputs.read_frame` gave."""
+        sizes = [tuple(frame.shape[:2]) for frame in frames]
+        scores, maps = [], []
+        with self._step(frames) as hand_over:
+            at = 0
+            for bucket, images in self._chunks(len(frames)):
+                result = self._run(frames[at : at + images], bucket)
+                score, chunk = self._take(result, images, sizes[at : at + images], map_size)
+                scores.append(score)
+                maps.extend(chunk)
+                at += images
+            score = scores[0] if len(scores) == 1 else torch.cat(scores)
+            anomaly_map = _joined(maps)
+            hand_over(score, anomaly_map)
+            serial = self._serial(len(frames), score)
+        numbers = {"serial": serial, "not_numbers": self._not_numbers}
+        if batched:
+            index = range(len(frames))
+            return Prediction(
+                index, score, self.threshold, anomaly_map, sizes, list(frames), **numbers
+            )
+        one_map = None if anomaly_map is None else anomaly_map[0]
+        return Prediction(0, score[0], self.threshold, one_map, sizes[0], frames[0], **numbers)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor) -> AnomalyOutput:
+        """The detector's own forward pass: RGB float in 0..1, (N, 3, H, W) -> scores and maps.
+
+        A drop-in for `detector(images)`: the images have the network's input size already, and the
+        maps come at that size. Tensors on the predictor's device.
+
+        Raises:
+            ValueError: another shape, dtype or size.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; they must be (N, 3, "
+                f"{self.image_size[0]}, {self.image_size[1]}), the predictor's input size"
+            )
+        if images.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"images have dtype {images.dtype}; they must be float in 0..1")
+        if not len(images):
+            raise ValueError("the batch is empty; give at least one image")
+        parts = []
+        with self._step([images]) as hand_over:
+            at = 0
+            for bucket, count in self._chunks(len(images)):
+                part = images[at : at + count].to(self.device, torch.float32)
+                packed = self._runner.packed(bucket)
+                self._backend.pack(part, packed[:count], channels_last=False)
+                result = self._runner.run(bucket)
+                st, ae = (m[..., :count, :, :] for m in result.maps)
+                if st.dim() == 4:
+                    st, ae = st.sum(0), ae.sum(0)
+                one = (result.score[:count], result.anomaly_map[:count], st, ae)
+                parts.append([t.float().clone() for t in one])
+                at += count
+            joined = [torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True)]
+            hand_over(*joined)
+            self._serial(len(images), joined[0])
+        return AnomalyOutput(*joined)
+
+    def stream(
+        self,
+        sources: Iterable[Any],
+        *,
+        policy: str = "all",
+        map_size: str | None = "default",
+        workers: int = 2,
+        on_error: Callable[[int, Any, ImageError], None] | None = None,
+    ) -> Iterator[Prediction]:
+        """Predictions of frames as they come; see `streaming.stream`."""
+        from efficientad.streaming import stream
+
+        map_size = self.map_size if map_size == "default" else map_size
+        check_map_size(map_size, MAP_SIZES)
+        return stream(
+            self, sources, policy=policy, map_size=map_size, workers=workers, on_error=on_error
+        )
+
+    def reload(self, detector: EfficientAD) -> None:
+        """Take over another detector's weights, quantiles and threshold, without recapture.
+
+        Raises:
+            UncalibratedError: it has no statistics or quantiles.
+            ValueError: another network, input size, map padding or score size.
+        """
+        if not detector.calibrated:
+            detector.raise_uncalibrated()
+        rule = ("size, padding", "image_size", "map_padding", "score_size")
+        theirs = ((detector.size, detector.padding), detector.image_size)
+        theirs += (detector.map_padding, detector.score_size)
+        mine = (self._model, self.image_size, self.map_padding, self.score_size)
+        for name, a, b in zip(rule, mine, theirs, strict=True):
+            if a != b:
+                raise ValueError(
+                    f"the detector has {name} {b} and the predictor {a}; build a new predictor"
+                )
+        with self._lock, self._on_device():
+            self._backend.reload(detector)
+            self._normalization = _normalization(detector)
+            self.threshold = detector.threshold
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Frames answered, and those with a score that is not a number.
+
+        On a GPU the latter are known once `Prediction.cpu()` has read them.
+        """
+        return {"frames": self._frames, "not_a_number": len(self._not_numbers)}
+
+    @property
+    def max_memory(self) -> int:
+        """Most bytes of the device that torch held at once since the process began.
+
+        On a CPU 0: torch does not count there.
+        """
+        return torch.cuda.max_memory_reserved(self.device) if self._stream is not None else 0
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        """The predictor's device and stream, whatever is current."""
+        if self._stream is None:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.cuda.device(self.device))
+        stack.enter_context(torch.cuda.stream(self._stream))
+        return stack
+
+    @contextlib.contextmanager
+    def _step(self, inputs: Sequence[Any]) -> Iterator[Callable[..., None]]:
+        """One step at a time, on the predictor's device and stream, ordered behind the caller's
+        work on device inputs. Yields a function that hands the results to the caller's stream."""
+        if self._stream is None:
+            with self._lock:
+                yield lambda *results: None
+            return
+        caller = torch.cuda.current_stream(self.device)
+        on_device = [v for v in inputs if isinstance(v, Tensor) and v.is_cuda]
+        with self._lock, self._on_device():
+            if on_device:
+                self._stream.wait_stream(caller)
+            for value in on_device:
+                value.record_stream(self._stream)
+
+            def hand_over(*results: Any) -> None:
+                caller.wait_stream(self._stream)
+                for value in results:
+                    for tensor in value if isinstance(value, list) else [value]:
+                        if tensor is not None:
+                            tensor.record_stream(caller)
+
+            yield hand_over
+
+    def _chunks(self, images: int) -> Iterator[tuple[int, int]]:
+        """(bucket, images) per step. A CPU pads nothing: there an idle image costs full time."""
+        while images:
+            fitting = [b for b in self.batch_sizes if b <= images]
+            if images >= self.batch_sizes[-1] or (self._stream is None and fitting):
+                bucket = fitting[-1]
+            elif self._stream is None:
+                bucket = images
+            else:
+                bucket = next(b for b in self.batch_sizes if b >= images)
+            count = min(bucket, images)
+            yield bucket, count
+            images -= count
+
+    def _run(self, frames: Sequence[Frame], bucket: int) -> Result:
+        """Fill the input of a bucket and run it."""
+        if self._staging is not None:
+            own_size = all(tuple(f.shape[:2]) == self.image_size for f in frames)
+            fill = self._staging.fill_frames if own_size else self._staging.fill_packed
+            fill(frames, *self._normalization, self._backend.border)
+            return self._runner.run(bucket, from_frames=own_size)
+        packed = self._runner.packed(bucket)
+        mean, std = self._normalization
+        for place, frame in zip(packed, frames, strict=False):
+            frame_path.resize_pack(
+                frame, self.image_size, mean, std, border=self._backend.border,
+                channels=self._backend.channels, dtype=self.dtype, out=place,
+            )  # fmt: skip
+        return self._runner.run(bucket)
+
+    def _take(
+        self, result: Result, images: int, sizes: list[tuple[int, int]], map_size: str | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Copies of the scores (images,) and the maps asked for, each (k, h, w) of k images."""
+        maps = []
+        if map_size == "input" and self.score_size == "input" and result.joined is not None:
+            score, anomaly_map = result.split(result.joined.clone())
+            return score[:images], [anomaly_map[:images]]
+        score = result.score[:images].clone()
+        if map_size == "input":
+            maps.append(result.anomaly_map[:images].clone())
+        if map_size == "feature":
+            whole = self._backend.anomaly_map(
+                result.maps, tuple(result.maps[0].shape[-2:]), 0, None
+            )
+            maps.append(whole[0][:images].float())
+        if map_size == "source" or self.score_size == "source":
+            score = score.clone()
+            for i, size in enumerate(sizes):
+                one = tuple(m[..., i : i + 1, :, :].contiguous() for m in result.maps)
+                own, best = self._backend.anomaly_map(one, size, self.map_padding, None)
+                if map_size == "source":
+                    maps.append(own.float())
+                if self.score_size == "source":
+                    score[i] = best[0]
+        return score, maps
+
+    def _serial(self, images: int, score: Tensor) -> int:
+        """Number of the first of these images since construction; counts those that are NaN."""
+        serial = self._frames
+        self._frames += images
+        if self._stream is None:
+            where = torch.nonzero(score.isnan()).flatten()
+            self._not_numbers.update((serial + where).tolist())
+        return serial
+
+
+def _joined(maps: list[Tensor]) -> Any:
+    """Maps (k, h, w) as one tensor (N, h, w), or as a list of (h, w) where sizes differ."""
+    if not maps:
+        return None
+    if len(maps) == 1:
+        return maps[0]
+    if len({tuple(m.shape[1:]) for m in maps}) == 1:
+        return torch.cat(maps)
+    return [one for m in maps for one in m]
+
+
+def _normalization(detector: EfficientAD) -> tuple[list[float], list[float]]:
+    mean, std = detector.image_mean, detector.image_std
+    return mean.flatten().tolist(), std.flatten().tolist()
+
+
+def _check_buckets(batch_sizes: Sequence[int] | None, device: torch.device) -> tuple[int, ...]:
+    if batch_sizes is None:
+        return DEFAULT_BUCKETS["cuda" if device.type == "cuda" else "cpu"]
+    sizes = tuple(sorted({int(b) for b in batch_sizes}))
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"batch_sizes is {batch_sizes!r}; it must name sizes of at least 1")
+    return sizes
