@@ -1,0 +1,172 @@
+// Floor 0, includes host.h: the host twin, split into blocks of rows for the threads.
+//
+// Columns are summed first, then rows: the column sums of an output row are contiguous vectors
+// whatever the scale, and only the output's rows are left for the pass that gathers.
+#include "host.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+namespace efficientad {
+namespace {
+
+// Values; less is done (in under half a millisecond) before a thread that has to be woken, on
+// processors that are busy with something else, would have returned its share.
+constexpr int64_t kSmall = 1 << 20;
+
+#ifdef __x86_64__
+bool supported(const Level* level) {
+  __builtin_cpu_init();
+  if (level == &kPortable) return true;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c"))
+    return false;
+  return level == &kAvx2 ||
+         (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+}
+const Level* const kAll[] = {&kAvx512, &kAvx2, &kPortable};
+#else
+bool supported(const Level*) { return true; }
+const Level* const kAll[] = {&kPortable};
+#endif
+
+const Level* best() {
+  return *std::find_if(std::begin(kAll), std::end(kAll), supported);
+}
+
+std::atomic<const Level*> chosen{nullptr};
+
+const Level& current() {
+  const Level* level = chosen.load(std::memory_order_relaxed);
+  if (level == nullptr) chosen = level = best();
+  return *level;
+}
+
+// Working memory of a thread, kept between calls.
+float* scratch(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
+// body(first row, end) over all rows, in steps of `step`.
+void over_rows(int64_t rows, int64_t step, int64_t values,
+               const std::function<void(int64_t, int64_t)>& body) {
+  if (values < kSmall) return body(0, rows);
+  parallel((rows + step - 1) / step,
+           [&](int64_t i) { body(i * step, std::min((i + 1) * step, rows)); });
+}
+
+}  // namespace
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const Level* level : kAll)
+    if (supported(level)) names.push_back(level->name);
+  return names;
+}
+
+std::string level() { return current().name; }
+
+void set_level(const std::string& name) {
+  if (name.empty()) {
+    chosen = best();
+    return;
+  }
+  for (const Level* level : kAll)
+    if (name == level->name && supported(level)) {
+      chosen = level;
+      return;
+    }
+  throw std::invalid_argument("level is '" + name + "'; this processor does not have it");
+}
+
+void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, const Normal& normal,
+                 const Packed& out) {
+  const Level& level = current();
+  const int64_t row_bytes = static_cast<int64_t>(frame.width) * frame.channels;
+  const int64_t stride = 3 * static_cast<int64_t>(frame.width) + 4;  // pixels() reads over the end
+  const int64_t pixel = (out.kind == kFloat32 ? 4 : 2) * out.channels;
+  const int64_t line = pixel * (out.width + 2 * out.border), side = pixel * out.border;
+  uint8_t* const image = static_cast<uint8_t*>(out.data);
+  memset(image, 0, line * out.border);
+  memset(image + line * (out.border + out.height), 0, line * out.border);
+
+  const int64_t values = row_bytes * std::max(frame.height, out.height);
+  over_rows(out.height, 2 * kRows, values, [&](int64_t first, int64_t end) {
+    float* sums = scratch(kRows * (stride + 4 * static_cast<int64_t>(out.width)));
+    float* pixels = sums + kRows * stride;
+    for (int64_t y = first; y < end; y += kRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kRows, end - y));
+      for (int r = 0; r < count; ++r) {
+        const int32_t* span = rows.spans + 2 * (y + r);
+        float* to = sums + r * stride;
+        level.columns(frame.data + span[0] * frame.pitch, frame.pitch,
+                      rows.weights + (y + r) * rows.width, span[1], row_bytes, to);
+        if (frame.channels == 1)  // from the end, so that nothing is overwritten before it is read
+          for (int64_t x = frame.width - 1; x >= 0; --x)
+            to[3 * x] = to[3 * x + 1] = to[3 * x + 2] = to[x];
+      }
+      level.pixels(sums, stride, count, columns, pixels);
+      for (int r = 0; r < count; ++r) {
+        uint8_t* to = image + line * (out.border + y + r);
+        memset(to, 0, side);
+        level.pack(pixels + 4 * static_cast<int64_t>(out.width) * r, out.width, normal,
+                   out.channels, out.kind, to + side);
+        memset(to + line - side, 0, side);
+      }
+    }
+  });
+}
+
+void upsample(const Maps& maps, const Taps& rows, const Taps& columns, float* out) {
+  const Level& level = current();
+  const int64_t width = columns.size, total = static_cast<int64_t>(maps.count) * rows.size;
+  const int64_t cells = static_cast<int64_t>(maps.height) * maps.width;
+  over_rows(total, 16, total * width, [&](int64_t first, int64_t end) {
+    // Map rows that are already as wide as the result; two are kept, found by row number.
+    float* lines = scratch(2 * width);
+    int64_t held[2] = {-1, -1};
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t n = i / rows.size, y = i % rows.size;
+      const float* map = maps.data + n * cells;
+      const auto line = [&](int32_t cell) -> const float* {
+        const int64_t key = n * (maps.height + 2 * maps.padding) + cell;
+        float* to = lines + (key & 1) * width;
+        if (held[key & 1] == key) return to;
+        held[key & 1] = key;
+        for (int64_t x = 0; x < width; ++x) {
+          const int32_t left = columns.spans[2 * x], count = columns.spans[2 * x + 1];
+          const float* weights = columns.weights + x * columns.width;
+          const float a = map_cell(maps, map, cell, left);
+          to[x] = count == 1 ? a
+                             : between(a, map_cell(maps, map, cell, left + 1), weights[0],
+                                       weights[1]);
+        }
+        return to;
+      };
+      const int32_t* span = rows.spans + 2 * y;
+      const float* a = line(span[0]);
+      if (span[1] == 1)
+        memcpy(out + i * width, a, width * sizeof(float));
+      else
+        level.blend(a, line(span[0] + 1), rows.weights[y * rows.width],
+                    rows.weights[y * rows.width + 1], width, out + i * width);
+    }
+  });
+}
+
+void overlay(const Frame& frame, const float* map, const Colors& colors, uint8_t* out) {
+  const Level& level = current();
+  const int64_t width = frame.width;
+  const int64_t values = 8 * width * frame.height;  // a pixel costs as much as 8 of the others
+  over_rows(frame.height, 16, values, [&](int64_t first, int64_t end) {
+    for (int64_t y = first; y < end; ++y)
+      level.overlay(frame.data + y * frame.pitch, map + y * width, width, colors,
+                    out + 3 * y * width);
+  });
+}
+
+}  // namespace efficientad

@@ -1,0 +1,38 @@
+// Floor 0, includes frame.h: the row functions that each level of vector instructions supplies.
+//
+// No C++ library here: what an AVX source instantiates of it could be linked into other code.
+#pragma once
+
+#include "frame.h"
+
+namespace efficientad {
+
+constexpr int kRows = 4;  // output rows that a block computes together
+
+// The row functions of one instruction set. All levels give the same bits.
+struct Level {
+  const char* name;
+  // out[i] = column_sum(at + i, ...) for i < n.
+  void (*columns)(const uint8_t* at, int64_t pitch, const float* weights, int32_t count, int64_t n,
+                  float* out);
+  // RGBX floats of `rows` output rows from their column sums: row r of `from` starts at
+  // r * from_stride (three more floats may be read behind its end), row r of `to` at
+  // r * 4 * taps.size; the fourth channel is undefined.
+  void (*pixels)(const float* from, int64_t from_stride, int rows, const Taps& taps, float* to);
+  // Normalises n RGBX pixels and stores 3 or 4 channels of them.
+  void (*pack)(const float* from, int64_t n, const Normal& normal, int32_t channels, int32_t kind,
+               void* out);
+  // out[i] = between(a[i], b[i], weight_a, weight_b) for i < n.
+  void (*blend)(const float* a, const float* b, float weight_a, float weight_b, int64_t n,
+                float* out);
+  // Colours of n map values over n RGB pixels.
+  void (*overlay)(const uint8_t* frame, const float* values, int64_t n, const Colors& colors,
+                  uint8_t* out);
+};
+
+extern const Level kPortable;
+#ifdef __x86_64__
+extern const Level kAvx2, kAvx512;
+#endif
+
+}  // namespace efficientad
