@@ -1,8 +1,9 @@
-"""Floor 3, imports folding and networks: the folded detector in plain torch, channels_last.
+"""Floor 3, imports folding, networks and fast_conv: the folded detector in plain torch.
 
-The fast path of a CPU, and of a GPU that cannot run the kernels. It has the arithmetic of the
-detector with fewer passes over memory: the difference between teacher and student is one
-convolution over their concatenated features, and no 384-channel intermediate is normalised.
+The fast path of a CPU, and, in channels_last, of a GPU that cannot run the kernels. It has the
+arithmetic of the detector with fewer passes over memory: the difference between teacher and student
+is one convolution over their concatenated features, and no 384-channel intermediate is normalised.
+On a CPU without bfloat16 units the large convolutions take fewer multiplications (`fast_conv.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from efficientad import folding
 from efficientad.detector import EfficientAD
+from efficientad.fast_conv import convolve
 from efficientad.networks import PDN_LAYERS, TEACHER_CHANNELS, decoder_sizes
 
 
@@ -58,19 +60,27 @@ class FoldedNetwork(nn.Module):
         height, width = x.shape[-2:]
         teacher, student = self._trunk(x, "teacher"), self._trunk(x, "student")
         decoded = self._autoencoder(x, (height, width))
-        st = F.conv2d(torch.cat([teacher, student], 1), self.st_weight, self.st_bias)
-        ae = F.conv2d(student, self.ae_weight, self.ae_bias)
+        st = self._conv(torch.cat([teacher, student], 1), "st")
+        ae = self._conv(student, "ae")
         ae += F.conv2d(decoded, self.deconv8_weight, None, padding=1)
         return _mean_square(st), _mean_square(ae)
 
     def _trunk(self, x: Tensor, name: str) -> Tensor:
         for i, row in enumerate(PDN_LAYERS[self.size][:-1], start=1):
             padding = row.padding if self.padding else 0
-            weight, bias = getattr(self, f"{name}{i}_weight"), getattr(self, f"{name}{i}_bias")
-            x = F.relu_(F.conv2d(x, weight, bias, padding=padding))
+            x = self._conv(x, f"{name}{i}", padding=padding, relu=True)
             if row.pool:
                 x = F.avg_pool2d(x, 2, 2, padding=int(self.padding))
         return x
+
+    def _conv(self, x: Tensor, name: str, *, padding: int = 0, relu: bool = False) -> Tensor:
+        """A PDN layer. Where the processor has only its float units, with fewer multiplications."""
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+            x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+            return convolve(x, weight, bias, relu=relu).permute(0, 3, 1, 2)
+        y = F.conv2d(x, weight, bias, padding=padding)
+        return F.relu_(y) if relu else y
 
     def _autoencoder(self, x: Tensor, image_size: tuple[int, int]) -> Tensor:
         def conv(x: Tensor, name: str, **options) -> Tensor:
