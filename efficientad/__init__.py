@@ -11,10 +11,14 @@ _EXPORTS = {
     "AnomalyOutput": "detector",
     "CheckpointError": "safe_pickle",
     "EfficientAD": "detector",
+    "FastPredictor": "predictor",
     "UncalibratedError": "detector",
+    "accelerate": "adapters",
     "calibrate": "calibration",
     "convert": "checkpoint",
     "evaluate": "evaluation",
+    "export": "exporting",
+    "fit": "training",
     "load": "checkpoint",
     "load_teacher": "checkpoint",
     "Prediction": "prediction",
@@ -25,11 +29,15 @@ _EXPORTS = {
 __all__ = sorted([*_EXPORTS, "__version__"])
 
 if TYPE_CHECKING:
+    from efficientad.adapters import accelerate
     from efficientad.calibration import calibrate
     from efficientad.checkpoint import CheckpointError, convert, load, load_teacher, save
     from efficientad.detector import AnomalyOutput, EfficientAD, UncalibratedError
     from efficientad.evaluation import evaluate
+    from efficientad.exporting import export
     from efficientad.prediction import Prediction, predict
+    from efficientad.predictor import FastPredictor
+    from efficientad.training import fit
 
 
 def __getattr__(name: str):

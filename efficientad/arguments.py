@@ -1,4 +1,4 @@
-"""Floor 5, imports the standard library: the commands' names, arguments and help."""
+"""Floor 5, imports the cli_ files: the commands' names, arguments and help."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 
 from efficientad import __version__
+from efficientad.cli_distill import add_distill
+from efficientad.cli_export import add_export
+from efficientad.cli_train import add_train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"efficientad {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
+    add_train(commands)
+
     command = commands.add_parser("predict", help="score images and draw heat maps")
     command.add_argument("model", help="detector file, or another project's checkpoint")
     command.add_argument("images", nargs="+", help="image files and folders")
@@ -26,6 +31,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--no-maps", action="store_true", help="write no .tiff maps")
     command.add_argument("--no-overlays", action="store_true", help="write no overlay PNGs")
     command.add_argument("--fail-on-anomaly", action="store_true", help="exit with 3 on an anomaly")
+    command.add_argument(
+        "--tiles",
+        type=int,
+        metavar="OVERLAP",
+        help="look at images in full resolution, in tiles of the input size that overlap by so "
+        "many pixels",
+    )
+    command.add_argument(
+        "--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)"
+    )
+    command.add_argument(
+        "--reference", action="store_true", help="use the plain float32 detector, not the fast path"
+    )
     _running(command)
 
     command = commands.add_parser("evaluate", help="metrics on a test set with known defects")
@@ -72,6 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("yes", "no"),
         help="whether an anomalib 1.0.x checkpoint was trained on images normalised twice",
     )
+
+    add_export(commands)
+    add_distill(commands)
 
     command = commands.add_parser("info", help="what is installed, or what is in a detector file")
     command.add_argument("model", nargs="?")

@@ -9,22 +9,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from efficientad import __version__
 from efficientad.arguments import build_parser
-
-if TYPE_CHECKING:
-    from efficientad.detector import EfficientAD
-
-EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ANOMALY = 0, 1, 2, 3
-
-
-class UsageError(ValueError):
-    """A command that cannot be carried out as it was given."""
+from efficientad.cli_common import (
+    EXIT_OK,
+    EXIT_SOME_FAILED,
+    EXIT_USAGE,
+    UsageError,
+    list_failed,
+    load_detector,
+    print_metrics,
+    progress_bars,
+    refuse_overwrite,
+    require_calibration,
+)
+from efficientad.cli_distill import run_distill
+from efficientad.cli_export import run_export
+from efficientad.cli_predict import run_predict
+from efficientad.cli_train import run_train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,56 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- commands --------------------------------------------------------------------------------
 
 
-def run_predict(options: argparse.Namespace) -> int:
-    from efficientad.images import find_images, read_image
-    from efficientad.prediction import predict
-    from efficientad.results import ResultFolder, output_names
-
-    paths = find_images(options.images)
-    detector = _load(options.model, options.device)
-    if options.threshold is not None:
-        detector.threshold = options.threshold
-    _require_calibration(detector)
-    folder = ResultFolder(
-        options.out,
-        detector.threshold,
-        overlays=None if options.no_overlays else options.out / "overlays",
-        maps=None if options.no_maps else options.out / "maps",
-    )
-    names = output_names(paths)
-    anomalies = 0
-    with _progress() as progress:
-        for prediction in predict(
-            detector,
-            paths,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            on_error=lambda index, source, error: folder.fail(source, error.reason),
-        ):
-            anomalies += bool(prediction.is_anomalous)
-            path = paths[prediction.index]
-            folder.add(prediction, path, names[prediction.index], image=read_image(path))
-            progress("images", prediction.index + 1, len(paths))
-    notes = [] if detector.threshold is not None else ["The detector has no threshold."]
-    report = folder.close(f"Predictions of {Path(options.model).name}", notes=notes)
-    print(f"{len(folder.rows)} images, {anomalies} anomalous, {len(folder.failed)} failed")
-    if detector.threshold is None:
-        print("no threshold: no image was judged; give --threshold or calibrate the detector")
-    print(f"report: {report}")
-    _list_failed(folder.failed)
-    if anomalies and options.fail_on_anomaly:
-        return EXIT_ANOMALY
-    return EXIT_SOME_FAILED if folder.failed else EXIT_OK
-
-
 def run_evaluate(options: argparse.Namespace) -> int:
     from efficientad.data import open_dataset
     from efficientad.evaluation import evaluate
 
     dataset = open_dataset(options.data, options.layout, options.category)
-    detector = _load(options.model, options.device)
-    _require_calibration(detector)
-    with _progress() as progress:
+    detector = load_detector(options.model, options.device)
+    require_calibration(detector)
+    with progress_bars() as progress:
         result = evaluate(
             detector,
             dataset,
@@ -107,9 +71,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
             workers=options.workers,
             progress=progress,
         )
-    _print_metrics(result.metrics)
+    print_metrics(result.metrics)
     print(f"report: {options.out / 'report.html'}")
-    _list_failed(result.failed)
+    list_failed(result.failed)
     return EXIT_SOME_FAILED if result.failed else EXIT_OK
 
 
@@ -119,17 +83,17 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from efficientad.data import open_dataset
 
     out = options.out or Path(options.model).with_suffix(".safetensors")
-    _refuse_overwrite(out, options.force, but=Path(options.model))
+    refuse_overwrite(out, options.force, but=Path(options.model))
     good = options.good_images
     if len(good) == 1 and Path(good[0]).is_dir():
         good = open_dataset(Path(good[0]), options.layout, options.category)
     elif options.layout != "auto" or options.category:
         raise UsageError("--layout and --category go with one folder, not with a list of images")
-    detector = _load(options.model, options.device)
+    detector = load_detector(options.model, options.device)
     if options.border is not None or options.map_padding is not None:
         detector.set_map_rule(options.border, options.map_padding)
     failed: list[tuple[str, str]] = []
-    with _progress() as progress:
+    with progress_bars() as progress:
         calibrate(
             detector,
             good,
@@ -152,14 +116,14 @@ def run_calibrate(options: argparse.Namespace) -> int:
             "the threshold is the highest of their scores"
         )
     print(f"saved: {out}")
-    _list_failed(failed)
+    list_failed(failed)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
 def run_convert(options: argparse.Namespace) -> int:
     from efficientad.checkpoint import convert, save
 
-    _refuse_overwrite(options.out, options.force)
+    refuse_overwrite(options.out, options.force)
     double = {None: None, "yes": True, "no": False}[options.double_normalization]
     detector = convert(options.source, double_normalization=double)
     save(detector, options.out)
@@ -183,24 +147,24 @@ def run_info(options: argparse.Namespace) -> int:
 def run_demo(options: argparse.Namespace) -> int:
     from efficientad.demo import run
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = run(options.out, seed=options.seed, progress=progress)
-    _print_metrics(result.metrics)
+    print_metrics(result.metrics)
     print(f"report: {options.out / 'report' / 'report.html'}")
     return EXIT_OK
 
 
 COMMANDS = {
+    "train": run_train,
     "predict": run_predict,
     "evaluate": run_evaluate,
     "calibrate": run_calibrate,
     "convert": run_convert,
+    "export": run_export,
+    "distill": run_distill,
     "info": run_info,
     "demo": run_demo,
 }
-
-
-# ---- helpers ---------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, Any]:
@@ -210,7 +174,10 @@ def environment() -> dict[str, Any]:
 
     import torch
 
+    from efficientad.devices import choose_dtype
+    from efficientad.frames import native_info
     from efficientad.ops import choose_backend
+    from efficientad.teachers import default_teacher_facts
 
     facts: dict[str, Any] = {"efficientad": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "numpy", "safetensors", "pillow", "scipy"):
@@ -224,8 +191,19 @@ def environment() -> dict[str, Any]:
     else:
         facts["device"] = f"cpu, {torch.get_num_threads()} threads"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {"triton": "triton kernels", "torch": "torch reference"}[choose_backend(device)]
-    facts["fused operations"] = chosen
+    chosen = {"triton": "triton kernels", "torch": "folded torch network"}[choose_backend(device)]
+    facts["fast path"] = f"{chosen}, {str(choose_dtype('auto', device, 'auto')).split('.')[1]}"
+    try:
+        facts["default teacher"] = default_teacher_facts()["license"]
+    except FileNotFoundError:
+        facts["default teacher"] = "not there; `train` needs --teacher"
+    native = native_info()
+    facts["frame path"] = (
+        f"compiled, {native['level']}, {native['threads']} threads; CUDA code for "
+        f"{', '.join(f'sm_{n}' for n in native['cuda']) or 'no device'}"
+        if native["available"]
+        else f"torch: {native['reason']}"
+    )
     return facts
 
 
@@ -247,80 +225,16 @@ def describe(path: str) -> dict[str, Any]:
         else "not set",
         "threshold": detector.threshold if detector.threshold is not None else "not set",
     }
+    if detector.calibrated:
+        from efficientad.predictor import FastPredictor
+
+        fast = FastPredictor(detector, batch_sizes=(1,)).facts
+        facts["fast path"] = f"{fast['backend']}, {fast['dtype']}, {fast['device']}"
+        if fast["reason"]:
+            facts["kernels not used"] = fast["reason"]
     for key, value in detector.provenance.items():
         facts[f"provenance: {key}"] = value
     return facts
-
-
-def _load(path: str, device: str) -> EfficientAD:
-    import torch
-
-    from efficientad.checkpoint import load
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(
-            f"--device is {device!r} and torch sees no CUDA device; use --device cpu or auto, or "
-            "install a torch build with CUDA"
-        )
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"--device is {device!r}; it must be auto, cpu or cuda[:N]") from None
-    return load(path).to(device)
-
-
-def _require_calibration(detector: EfficientAD) -> None:
-    """Fail before the work, not at the first image."""
-    if not detector.calibrated:
-        detector.raise_uncalibrated()
-
-
-def _refuse_overwrite(out: Path, force: bool, but: Path | None = None) -> None:
-    if out.exists() and out != but and not force:
-        raise UsageError(f"{out} exists; give --force to replace it, or another name")
-
-
-def _list_failed(failed: Sequence[tuple[str, str]]) -> None:
-    for path, reason in failed:
-        print(f"failed: {path}: {reason}", file=sys.stderr)
-
-
-def _print_metrics(metrics: dict[str, Any]) -> None:
-    width = max(map(len, metrics), default=0)
-    for name, value in metrics.items():
-        shown = (
-            "undefined" if value is None else f"{value:.4f}" if isinstance(value, float) else value
-        )
-        print(f"{name:<{width}}  {shown}")
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A callable (what, done, total) that draws progress bars on a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield update
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_fail_on_anomaly_gives_3(model_file, images, tmp_path):
     [
         (("predict", "MODEL", "nowhere"), "nowhere"),
         (("predict", "nowhere", "IMAGES"), "nowhere"),
-        (("predict", "MODEL", "IMAGES", "--device", "gpu"), "--device is 'gpu'"),
+        (("predict", "MODEL", "IMAGES", "--device", "gpu"), "device is 'gpu'"),
         (("predict", "IMAGES/0.png", "IMAGES"), "unknown format"),
         (("evaluate", "MODEL", "IMAGES"), "no test images"),
         (("convert", "MODEL", "OUT/x.safetensors"), "already"),
