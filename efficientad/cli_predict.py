@@ -83,7 +83,6 @@ def _predictions(
             on_error=on_error,
         )
         return
-    from efficientad.large import predict_large
     from efficientad.predictor import FastPredictor
 
     predictor = FastPredictor(detector, device=options.device, dtype=options.dtype)
@@ -94,11 +93,13 @@ def _predictions(
             yield prediction.cpu()
         return
     from efficientad.images import ImageError, read_image
+    from efficientad.tiles import check_tiles
 
+    check_tiles(predictor.image_size, predictor.image_size, options.tiles)  # before the work
     for index, path in enumerate(paths):
         try:
             frame = read_image(path)
-            prediction = predict_large(predictor, frame, overlap=options.tiles).cpu()
+            prediction = predictor.predict_large(frame, overlap=options.tiles).cpu()
         except ImageError as error:
             on_error(index, path, error)
             continue

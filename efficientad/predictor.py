@@ -218,6 +218,14 @@ class FastPredictor:
             self, sources, policy=policy, map_size=map_size, workers=workers, on_error=on_error
         )
 
+    def predict_large(
+        self, source: Any, *, overlap: int = 48, batch: int | None = None
+    ) -> Prediction:
+        """One image at its full resolution, in overlapping tiles; see `large.predict_large`."""
+        from efficientad.large import predict_large
+
+        return predict_large(self, source, overlap=overlap, batch=batch)
+
     def reload(self, detector: EfficientAD) -> None:
         """Take over another detector's weights, quantiles and threshold, without recapture.
 
