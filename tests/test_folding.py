@@ -14,7 +14,7 @@ from efficientad.forward import Plan, Workspace, forward
 
 CASES = [
     ("S", False, (256, 256)),
-    ("S", True, (257, 290)),
+    pytest.param("S", True, (257, 290), marks=pytest.mark.slow),
     pytest.param("M", False, (256, 288), marks=pytest.mark.slow),
     pytest.param("M", True, (256, 256), marks=pytest.mark.slow),
 ]

@@ -89,7 +89,11 @@ def test_every_size_and_padding_in_batches_of_one_three_and_two(size, padding, i
 
 @pytest.mark.parametrize(
     ("size", "padding"),
-    [("S", False), ("S", True), pytest.param("M", False, marks=pytest.mark.slow)],
+    [
+        ("S", False),
+        pytest.param("S", True, marks=pytest.mark.slow),
+        pytest.param("M", False, marks=pytest.mark.slow),
+    ],
 )
 def test_the_kernels_through_the_predictor(size, padding, device, monkeypatch):
     """Twice, so that the second run writes to the buffers that the first one allocated."""

@@ -16,9 +16,9 @@ from efficientad import reference
     [
         ("S", False, (256, 256)),
         ("S", True, (256, 256)),
-        ("M", False, (256, 256)),
+        pytest.param("M", False, (256, 256), marks=pytest.mark.slow),
         pytest.param("M", True, (256, 320), marks=pytest.mark.slow),
-        ("S", False, (300, 413)),
+        pytest.param("S", False, (300, 413), marks=pytest.mark.slow),
     ],
 )
 def test_composed_operations_are_the_detector(size, padding, shape):
