@@ -51,7 +51,7 @@ def test_small_networks_at_256_pixels(device, shared_data, request):
     real = [resize_image(read_image(p), (256, 256)) for p in paths[:: len(paths) // each][:each]]
     frames = np.stack([*real, *helpers.frames(each, seed=20)])
     model = helpers.detector("S", calibrated=False)
-    calibrate(model, open_dataset(root).train[:4])
+    calibrate(model, [sample.path for sample in open_dataset(root).train[:4]])
     predictor = FastPredictor(model, device=device)
     assert_close(predictor(frames), *reference(model, frames), predictor.dtype)
 
