@@ -1,7 +1,7 @@
-"""Imports the package's file writer only: what every results file in bench/results/ says of itself.
+"""Imports the package's file writer only: what every file in bench/results/ says of itself.
 
-A results file is JSON: `about` (device, versions, commit, date, command) and `rows`, a list with one
-dictionary per measurement. A figure without such a file does not exist.
+A results file is JSON: `about` (device, versions, commit, date, command) and `rows`, a list with
+one dictionary per measurement. A figure without such a file does not exist.
 """
 
 from __future__ import annotations
