@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench import record
-from efficientad import EfficientAD, load
+from efficientad import EfficientAD
 from efficientad.data import DataSet, open_dataset
 from efficientad.devices import choose_device
 from efficientad.files import write_text
@@ -125,11 +125,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     # While it trains, a fixed part of the test images shows the trend; all count at the end.
     trend = dataclasses.replace(dataset, test=dataset.test[:: options.curve_part])
     curve = Curve(options.out / "curve.json")
-    model = options.out / f"{options.name}.safetensors"
     start = time.monotonic()
     detector = fit(
         trend,
-        out=model,
+        out=options.out / f"{options.name}.safetensors",
         size=options.size,
         steps=options.steps,
         teacher=options.teacher,
@@ -146,7 +145,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         on_history=curve,
     )
     seconds = time.monotonic() - start
-    training = load(model).provenance["training"]
+    training = detector.provenance["training"]
     about = {**facts, "data": dataset.name, "training": training, "curve_part": options.curve_part}
     record.write(record.RESULTS / f"training_{options.name}.json", about, curve.entries)
     rows = []
