@@ -134,6 +134,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         teacher=options.teacher,
         penalty=options.photos or None,
         hard_quantile=options.hard_quantile,
+        warm_start=options.warm_start,
         learning_rate=options.learning_rate,
         seed=options.seed,
         device=options.device,
@@ -165,6 +166,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 quantiles=detector.quantiles.tolist(),
                 normalization=name,
                 hard_quantile=options.hard_quantile,
+                warm_start=options.warm_start,
                 penalty=training["pretraining_penalty"],
                 learning_rate=options.learning_rate,
                 dtype=training["dtype"],
@@ -191,6 +193,7 @@ def parser() -> argparse.ArgumentParser:
     add("--teacher", type=Path, help="default: the one that ships")
     add("--steps", type=int, default=70_000)
     add("--hard-quantile", type=float, default=0.999, help="0: the mean over all elements")
+    add("--warm-start", action="store_true", help="see `efficientad.fit`")
     add("--learning-rate", type=float, default=1e-4)
     add("--seed", type=int, default=42)
     add("--device", default="auto")

@@ -50,6 +50,11 @@ def add_train(commands: Any) -> None:
     add("--learning-rate", type=float, default=1e-4)
     add("--weight-decay", type=float, default=1e-5)
     add("--hard-quantile", type=float, default=0.999, help="0: mean of all, an ablation")
+    add(
+        "--warm-start",
+        action="store_true",
+        help="start the student's inner layers from the teacher's: for short trainings",
+    )
     add("--fpr", type=float, default=0.01, help="share of held-out images above the threshold")
     add("--seed", type=int, default=42)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -93,6 +98,7 @@ def run_train(options: argparse.Namespace) -> int:
             learning_rate=options.learning_rate,
             weight_decay=options.weight_decay,
             hard_quantile=options.hard_quantile,
+            warm_start=options.warm_start,
             false_positive_rate=options.fpr,
             device=options.device,
             dtype=options.dtype,

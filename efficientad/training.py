@@ -49,6 +49,7 @@ def fit(
     learning_rate: float = 1e-4,
     weight_decay: float = 1e-5,
     hard_quantile: float = HARD_QUANTILE,
+    warm_start: bool = False,
     false_positive_rate: float = FALSE_POSITIVE_RATE,
     device: str | torch.device = "auto",
     dtype: str = "auto",
@@ -74,6 +75,9 @@ def fit(
         penalty: folder of photos of anything for the pretraining penalty (ImageNet in the paper);
             without it that term is missing, which is said in a warning and in the provenance.
         hard_quantile: 0 takes the mean over all elements, an ablation of the paper.
+        warm_start: the student's inner layers start as the teacher's, where both have the same
+            shape, and only its last layers from random numbers. Not in the paper: for short
+            trainings, in which random inner layers learn too little (see docs/training.md).
         false_positive_rate: see `calibrate`.
         device: "auto", "cpu", "cuda:0" .... dtype: "float32", "bfloat16" (autocast), or "auto":
             bfloat16 where the device computes in it.
@@ -120,11 +124,14 @@ def fit(
     resume = bool(resume) and checkpoint is not None and (resume is True or _exists(checkpoint))
 
     detector = _new_detector(size, padding, image_size, seed, teacher)
+    if warm_start:
+        _start_from_teacher(detector)
     identity = {
         "size": size,
         "padding": padding,
         "image_size": list(detector.image_size),
         "teacher": _digest(detector.teacher),
+        "warm_start": warm_start,
     }
     photos = None
     if penalty is not None:
@@ -195,6 +202,7 @@ def fit(
         "images_held_out": len(dataset.validation),
         "pretraining_penalty": f"{len(photos)} photos" if photos else "none: no photos were given",
         "teacher": identity["teacher"],
+        "warm_start": warm_start,
         **dataclasses.asdict(settings),
         "device": str(device),
         "torch": torch.__version__,
@@ -237,6 +245,12 @@ def _new_detector(
         )
     detector.teacher.load_state_dict(teacher.state_dict())
     return detector
+
+
+def _start_from_teacher(detector: EfficientAD) -> None:
+    teacher, student = detector.teacher.state_dict(), detector.student.state_dict()
+    same = {name: value for name, value in teacher.items() if value.shape == student[name].shape}
+    detector.student.load_state_dict({**student, **same})
 
 
 def _check_data(dataset: DataSet, evaluate_every: int) -> None:
