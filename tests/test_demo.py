@@ -1,15 +1,15 @@
-"""The demonstration's drawn parts and its closed-form fit."""
+"""The demonstration: its drawn parts, its training, its report."""
 
 from __future__ import annotations
 
 import hashlib
 
+import helpers_training
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from efficientad.demo_fit import Ridge, closed_form_detector
+from efficientad import demo
 from efficientad.demo_parts import DEFECTS, draw_part, write_dataset
 
 
@@ -78,91 +78,41 @@ def test_bad_arguments_are_named(tmp_path):
             write_dataset(tmp_path, **options)
 
 
-def test_ridge_is_ridge_regression():
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 12, generator=g) * 2 + 30
-    y = x @ torch.randn(12, 3, generator=g) - 7 + 0.1 * torch.randn(500, 3, generator=g)
-    ridge = Ridge()
-    for part_x, part_y in zip(x.split(130), y.split(130), strict=True):
-        ridge.add(part_x, part_y)
-    weight, bias = ridge.solve(0.3)
-    xc, yc = (v.double() - v.double().mean(0) for v in (x, y))
-    gram = xc.T @ xc
-    penalty = 0.3 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    wanted = torch.linalg.solve(gram + penalty, xc.T @ yc).T
-    torch.testing.assert_close(weight, wanted, atol=1e-5, rtol=1e-5)
-    at_mean = weight @ x.double().mean(0) + bias
-    torch.testing.assert_close(at_mean, y.double().mean(0), atol=1e-4, rtol=1e-5)
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "holiday.txt").write_text("photos")
+    with pytest.raises(ValueError, match=r"out is .*holds other files \(holiday.txt\)"):
+        demo.run(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["holiday.txt"]
 
 
-def parts(*keys, defect=None):
-    pictures = [np.array(draw_part(rng(*key), defect, (256, 256))[0]) for key in keys]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+def few_parts(root, *, seed):
+    return write_dataset(root, train=5, good=2, per_defect=1, seed=seed)
 
 
-@pytest.fixture(scope="module")
-def fitted():
-    return closed_form_detector(parts(*[(10, i) for i in range(5)]).split(2), seed=3)
+def test_the_demo_from_parts_to_report_and_again(tmp_path, monkeypatch):
+    """With thin networks; an interrupted demo leaves its parts, and the next one goes on."""
+    kept = {}
+    monkeypatch.setattr(
+        "efficientad.training._new_detector",
+        lambda size, padding, image_size, seed, teacher: helpers_training.thin_detector(),
+    )
+    monkeypatch.setattr(demo, "write_dataset", few_parts)
+    monkeypatch.setattr(demo, "save", lambda detector, path: kept.update({str(path): detector}))
+    monkeypatch.setattr(demo, "load", lambda path: kept[str(path)])
+    few_parts(tmp_path / "parts", seed=0)
+    result = demo.run(tmp_path, steps=2)
+    assert result.metrics["images"] == 2 + len(DEFECTS)
+    assert {f"image AU-ROC, {defect}" for defect in DEFECTS} <= set(result.metrics)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "120 steps" in page  # the note about what this is
+    assert kept[str(tmp_path / "detector.safetensors")].provenance["training"]["warm_start"]
 
 
-def test_fit_sets_statistics_and_leaves_calibration_open(fitted):
-    assert fitted.has_statistics
-    assert not fitted.calibrated
-    assert fitted.threshold is None
-    assert not fitted.training
-    assert "demonstration" in fitted.provenance["fit"]
-    features = fitted.teacher(fitted.normalize(parts((10, 0), (10, 1))))
-    normalised = (features - fitted.teacher_mean) / fitted.teacher_std
-    assert normalised.square().mean().item() == pytest.approx(1, abs=0.2)
-    assert (fitted.teacher_std > 0).all()
-    assert not torch.allclose(fitted.teacher.conv1.weight, fitted.student.conv1.weight)
-
-
-@torch.no_grad()
-def test_fit_finds_plain_defects_and_not_good_parts(fitted):
-    good = fitted.distance_maps(parts((20, 0), (20, 1)))
-    hole = fitted.distance_maps(parts((20, 2), (20, 3), defect="missing_hole"))
-    swap = fitted.distance_maps(parts((20, 4), (20, 5), defect="wrong_order"))
-    stain = fitted.distance_maps(parts((20, 6), (20, 7), defect="stain"))
-    for maps in (good, hole, swap, stain):
-        assert all(torch.isfinite(m).all() for m in maps)
-    ceiling = good[1].amax((1, 2)).max()
-    assert (hole[1].amax((1, 2)) > ceiling).all()
-    assert (swap[1].amax((1, 2)) > ceiling).all()
-    for i, found in enumerate(stain[0]):
-        mask = np.asarray(draw_part(rng(20, 6 + i), "stain", (256, 256))[1])
-        cells = torch.from_numpy(mask[16:240:4, 16:240:4] > 0)  # a cell's centre is at 4 i + 16
-        assert found[cells].mean() > 1.5 * good[0][:, cells].mean()
-
-
-@torch.no_grad()
-def test_student_imitates_the_two_others_on_good_parts(fitted):
-    x = fitted.normalize(parts((20, 0)))
-    teacher = (fitted.teacher(x) - fitted.teacher_mean) / fitted.teacher_std
-    picture = fitted.autoencoder(x)
-    first, second = fitted.student(x).chunk(2, 1)
-    assert (first - teacher).square().mean() < 0.6 * teacher.square().mean()
-    assert (second - picture).square().mean() < 0.3 * picture.square().mean()
-
-
-def test_fit_is_deterministic_and_takes_a_teacher(fitted):
-    """The fitted teacher handed back in gives the same detector: one run shows both."""
-    images = parts(*[(10, i) for i in range(5)])
-    again = closed_form_detector(images, seed=3, teacher=fitted.teacher.state_dict())
-    for name, x in fitted.state_dict().items():
-        y = again.state_dict()[name]
-        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5, equal_nan=True, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("images", "text"),
-    [
-        (torch.zeros(1, 3, 256, 256), "N >= 2"),
-        (torch.zeros(2, 3, 256, 320), "256, 256"),
-        ([], "good_images has shape"),
-        (torch.zeros(2, 3, 256, 256, dtype=torch.uint8), "good_images has dtype"),
-    ],
-)
-def test_fit_names_bad_images(images, text):
-    with pytest.raises(ValueError, match=text):
-        closed_form_detector(images)
+@pytest.mark.slow
+def test_the_demo_trains_and_detects(tmp_path):
+    """Image AU-ROC of at least 0.95 after the short real training, all kinds reported."""
+    result = demo.run(tmp_path / "demo")
+    assert result.metrics["image AU-ROC"] >= 0.95
+    for defect in DEFECTS:
+        assert result.metrics[f"image AU-ROC, {defect}"] > 0.8, defect
+    assert result.metrics["pixel AU-ROC"] > 0.9
