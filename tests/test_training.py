@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from helpers_training import thin_detector, thin_trainer, write_pictures
 
-from efficientad import load, run_state, training
+from efficientad import EfficientAD, load, run_state, training
 from efficientad.cli_train import add_train, run_train
 from efficientad.networks import PDN
 from efficientad.training import TrainingError, fit
@@ -335,6 +335,26 @@ def test_fit_calibrates_and_says_what_it_did(folder, tmp_path, thin):
     again = fit(tmp_path / "good", resume=True, **options)
     assert again.provenance["training"]["resumed_at_step"] == 4
     assert torch.equal(again.quantiles, detector.quantiles)
+
+
+@pytest.mark.parametrize(("size", "same"), [("S", 3), ("M", 4)])
+def test_warm_start_copies_the_inner_layers_that_fit(size, same):
+    """PDN-M's fifth layer is wider in the student than in the teacher, the last one too."""
+    detector = thin_detector("S") if size == "S" else EfficientAD("M")
+    before = {name: value.clone() for name, value in detector.student.state_dict().items()}
+    training._start_from_teacher(detector)
+    teacher, student = detector.teacher.state_dict(), detector.student.state_dict()
+    for name, value in student.items():
+        copied = int(name.split(".")[0].removeprefix("conv")) <= same
+        assert torch.equal(value, teacher[name] if copied else before[name]), name
+
+
+def test_warm_start_is_said_and_a_cold_state_is_not_continued(folder, tmp_path, thin):
+    options = {"steps": 2, "penalty": folder / "photos", "checkpoint": tmp_path / "state"}
+    with_start = fit(folder / "good", warm_start=True, **options)
+    assert with_start.provenance["training"]["warm_start"] is True
+    with pytest.raises(TrainingError, match="warm_start"):
+        fit(folder / "good", resume=True, **options)
 
 
 def test_evaluation_while_training(tmp_path, thin):
