@@ -21,12 +21,13 @@ from efficientad.calibration import FALSE_POSITIVE_RATE, Progress, calibrate
 from efficientad.checkpoint import CheckpointError, load_teacher, save
 from efficientad.data import DataSet, open_dataset
 from efficientad.detector import EfficientAD
+from efficientad.devices import choose_device
 from efficientad.files import write_text
 from efficientad.losses import HARD_QUANTILE
 from efficientad.networks import PDN
 from efficientad.trainer import Trainer
 from efficientad.training_data import Photos, PictureSource, TrainingImages
-from efficientad.training_device import choose_device, choose_dtype, determinism
+from efficientad.training_device import choose_dtype, determinism
 from efficientad.training_settings import Settings, TrainingError
 
 __all__ = ["TrainingError", "fit"]

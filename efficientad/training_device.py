@@ -1,4 +1,4 @@
-"""Floor 1, imports torch only: where a training runs, in which precision, how repeatably."""
+"""Floor 1, imports devices: in which precision a training runs, and how repeatably."""
 
 from __future__ import annotations
 
@@ -8,18 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device of "auto", "cpu", "cuda:1" ...; ValueError for others and where it is missing."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}; it must be auto, cpu or cuda[:N]") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r} and torch sees no CUDA device; use cpu or auto")
-    return found
+from efficientad.devices import cpu_computes_bfloat16
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
@@ -29,8 +18,7 @@ def choose_dtype(dtype: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        found = torch.cpu.get_capabilities()
-        native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+        native = cpu_computes_bfloat16()
     return "bfloat16" if native else "float32"
 
 
