@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from efficientad import __version__
+from efficientad.cli_benchmark import add_benchmark
 from efficientad.cli_distill import add_distill
 from efficientad.cli_export import add_export
 from efficientad.cli_train import add_train
@@ -93,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_export(commands)
     add_distill(commands)
+    add_benchmark(commands)
 
     command = commands.add_parser("info", help="what is installed, or what is in a detector file")
     command.add_argument("model", nargs="?")

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientad import __version__
 from efficientad.arguments import build_parser
+from efficientad.cli_benchmark import run_benchmark
 from efficientad.cli_common import (
     EXIT_OK,
     EXIT_SOME_FAILED,
@@ -134,6 +134,8 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_info(options: argparse.Namespace) -> int:
+    from efficientad.environment import environment
+
     facts: dict[str, Any] = environment() if options.model is None else describe(options.model)
     if options.json:
         print(json.dumps(facts, indent=1, default=str))
@@ -162,49 +164,10 @@ COMMANDS = {
     "convert": run_convert,
     "export": run_export,
     "distill": run_distill,
+    "benchmark": run_benchmark,
     "info": run_info,
     "demo": run_demo,
 }
-
-
-def environment() -> dict[str, Any]:
-    """What is installed and what the package would run on."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from efficientad.devices import choose_dtype
-    from efficientad.frames import native_info
-    from efficientad.ops import choose_backend
-    from efficientad.teachers import default_teacher_facts
-
-    facts: dict[str, Any] = {"efficientad": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "safetensors", "pillow", "scipy"):
-        try:
-            facts[name] = version(name)
-        except PackageNotFoundError:
-            facts[name] = "not installed"
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        facts["device"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-    else:
-        facts["device"] = f"cpu, {torch.get_num_threads()} threads"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {"triton": "triton kernels", "torch": "folded torch network"}[choose_backend(device)]
-    facts["fast path"] = f"{chosen}, {str(choose_dtype('auto', device, 'auto')).split('.')[1]}"
-    try:
-        facts["default teacher"] = default_teacher_facts()["license"]
-    except FileNotFoundError:
-        facts["default teacher"] = "not there; `train` needs --teacher"
-    native = native_info()
-    facts["frame path"] = (
-        f"compiled, {native['level']}, {native['threads']} threads; CUDA code for "
-        f"{', '.join(f'sm_{n}' for n in native['cuda']) or 'no device'}"
-        if native["available"]
-        else f"torch: {native['reason']}"
-    )
-    return facts
 
 
 def describe(path: str) -> dict[str, Any]:
