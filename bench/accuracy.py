@@ -7,9 +7,9 @@ One run is one training (Algorithm 1, `efficientad.fit`) with its curve and its 
 --photos the pretraining penalty is left out, with --hard-quantile 0 the hard feature loss: two of
 the paper's ablations (Tables 4 and 5). The third, the normalisation of the maps, needs no training:
 every detector is measured with quantiles, with mean and standard deviation of the same validation
-maps in their place (Table 5), and with the maps as they are. A row per normalisation goes to
-bench/results/accuracy.json, the curve to bench/results/training_<name>.json. An interrupted run
-continues when it is started again.
+maps in their place (Table 5), with the maps as they are, and with either map alone. A row for each
+goes to bench/results/accuracy.json, the curve to bench/results/training_<name>.json. An interrupted
+run continues when it is started again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from efficientad.training import fit
 
 TABLE = record.RESULTS / "accuracy.json"
 PRO_LIMIT = 0.3
-NORMALIZATIONS = ("quantiles", "gaussian", "none")
+NORMALIZATIONS = ("quantiles", "gaussian", "none", "student-teacher alone", "autoencoder alone")
+_AWAY = 1e6  # q_b - q_a at which a map no longer counts beside the other
 
 
 def figures(detector: EfficientAD, dataset: DataSet, raws: Iterable[RawMaps]) -> dict[str, float]:
@@ -60,10 +61,15 @@ def normalization(name: str, detector: EfficientAD, validation: list[RawMaps]) -
     """What stands for (q_a, q_b) of both maps: M -> 0.1 (M - q_a) / (q_b - q_a), section 3.3.
 
     quantiles: the detector's. gaussian: mean and mean + standard deviation of the validation maps'
-    cells, so that a map is standardised. none: 0 and 1, the maps as they are.
+    cells, so that a map is standardised. none: 0 and 1, the maps as they are. "... alone": the
+    detector's for that map, and the other as good as left out.
     """
+    own = detector.quantiles.tolist()
     if name == "quantiles":
-        return detector.quantiles.tolist()
+        return own
+    if name.endswith(" alone"):
+        nothing = [0.0, _AWAY]
+        return [*own[:2], *nothing] if name.startswith("student") else [*nothing, *own[2:]]
     if name == "none":
         return [0.0, 1.0, 0.0, 1.0]
     values = []
@@ -101,18 +107,19 @@ def row_of(kind: str, name: str, facts: dict[str, Any], **values: Any) -> dict[s
 
 
 class Curve:
-    """The history of a training, with the processor's seconds so far; printed and kept on disk."""
+    """The history of a training, with the seconds so far; printed and kept on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries = json.loads(path.read_text()) if path.is_file() else []
-        self._before = self.entries[-1]["cpu_seconds"] if self.entries else 0.0
-        self._start = time.process_time()
+        self._clocks = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
+        last = self.entries[-1] if self.entries else {}
+        self._start = {name: last.get(name, 0.0) - now() for name, now in self._clocks.items()}
 
     def __call__(self, entry: dict[str, Any]) -> None:
-        seconds = round(self._before + time.process_time() - self._start, 1)
+        seconds = {n: round(self._start[n] + now(), 1) for n, now in self._clocks.items()}
         self.entries = [e for e in self.entries if e["step"] < entry["step"]]
-        self.entries.append({**entry, "cpu_seconds": seconds})
+        self.entries.append({**entry, **seconds})
         write_text(self.path, json.dumps(self.entries, indent=1))
         print(json.dumps(self.entries[-1]), flush=True)
 
@@ -125,7 +132,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     # While it trains, a fixed part of the test images shows the trend; all count at the end.
     trend = dataclasses.replace(dataset, test=dataset.test[:: options.curve_part])
     curve = Curve(options.out / "curve.json")
-    start = time.monotonic()
     detector = fit(
         trend,
         out=options.out / f"{options.name}.safetensors",
@@ -145,7 +151,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         resume="auto",
         on_history=curve,
     )
-    seconds = time.monotonic() - start
     training = detector.provenance["training"]
     about = {**facts, "data": dataset.name, "training": training, "curve_part": options.curve_part}
     record.write(record.RESULTS / f"training_{options.name}.json", about, curve.entries)
@@ -160,7 +165,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 size=options.size,
                 teacher=training["teacher"],
                 steps=options.steps,
-                seconds=round(seconds, 1),
+                seconds=curve.entries[-1]["seconds"],
                 cpu_seconds=curve.entries[-1]["cpu_seconds"],
                 **found,
                 quantiles=detector.quantiles.tolist(),

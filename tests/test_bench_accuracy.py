@@ -51,7 +51,8 @@ def test_a_run_continues_and_agrees_with_the_evaluation(dataset, tmp_path, monke
     monkeypatch.setattr(accuracy, "measure", lambda d, data: measured.append(d) or measure(d, data))
     rows = accuracy.run(accuracy.parser().parse_args(words))
     again = accuracy.run(accuracy.parser().parse_args(words))
-    assert [row["name"] for row in rows] == ["dots", "dots, maps: gaussian", "dots, maps: none"]
+    others = [f"dots, maps: {name}" for name in accuracy.NORMALIZATIONS[1:]]
+    assert [row["name"] for row in rows] == ["dots", *others]
     assert json.loads(table.read_text()) == again
     assert [r["image_auroc"] for r in again] == [r["image_auroc"] for r in rows]
 
@@ -65,7 +66,8 @@ def test_a_run_continues_and_agrees_with_the_evaluation(dataset, tmp_path, monke
     curve = record.read(tmp_path / "results" / "training_dots.json")
     assert [row["step"] for row in curve["rows"]] == [2, 4]
     assert curve["rows"][1]["metrics"]["images"] == 2  # every third of the test images
-    assert curve["rows"][0]["cpu_seconds"] <= curve["rows"][1]["cpu_seconds"]
+    assert 0 < curve["rows"][0]["cpu_seconds"] <= curve["rows"][1]["cpu_seconds"]
+    assert 0 < curve["rows"][0]["seconds"] <= curve["rows"][1]["seconds"]
     curves.draw_training(curve, tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width > 1000
@@ -80,6 +82,15 @@ def test_normalizations(dataset):
         [0.2, 0.5, 0.1, 0.4]
     )
     assert accuracy.normalization("none", detector, raws) == [0, 1, 0, 1]
+    # One map alone: its own scores, whatever the other says.
+    loud = [RawMaps(i, (8, 8), torch.eye(4)[None] * i, 9 * torch.ones(1, 4, 4)) for i in (1, 3)]
+    one = detector
+    one.set_quantiles(*accuracy.normalization("student-teacher alone", detector, loud))
+    map_st = 0.1 * (3 - 0.2) / 0.3
+    assert one.anomaly_map(loud[1].map_st, loud[1].map_ae, (4, 4))[0].max().item() == pytest.approx(
+        0.5 * map_st, abs=1e-5
+    )
+    one.set_quantiles(0.2, 0.5, 0.1, 0.4)
     cells_st, cells_ae = np.repeat([1.0, 3.0], 16), np.tile(np.eye(4).ravel(), 2)
     wanted = []
     for cells in (cells_st, cells_ae):
