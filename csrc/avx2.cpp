@@ -1,6 +1,9 @@
-// Floor 0, includes avx.h: the level of processors with AVX2, FMA and F16C; empty elsewhere.
+// Floor 0, includes avx.h and conv_*.h: the level of processors with AVX2, FMA and F16C; empty
+// elsewhere.
 #ifdef __x86_64__
 #include "avx.h"
+#include "conv_block.h"
+#include "conv_gradient.h"
 
 namespace efficientad {
 namespace {
@@ -35,10 +38,30 @@ void columns_avx2(const uint8_t* at, int64_t pitch, const float* weights, int32_
   columns_loop(at + i, pitch, weights, count, n - i, out + i);
 }
 
+struct Vector {
+  using T = __m256;
+  static constexpr int kWidth = 8, kRows = 6;
+  static T load(const float* from) { return _mm256_loadu_ps(from); }
+  static void store(float* to, T value) { _mm256_storeu_ps(to, value); }
+  static T broadcast(float value) { return _mm256_set1_ps(value); }
+  static T fma(T a, T b, T sum) { return _mm256_fmadd_ps(a, b, sum); }
+  // Of a NaN and a number the instruction returns its second operand.
+  static T relu(T value) { return _mm256_max_ps(_mm256_setzero_ps(), value); }
+};
+
 }  // namespace
 
-extern const Level kAvx2 = {"avx2",   columns_avx2, pixels_avx,
-                            pack_avx, blend_loop,   overlay_loop};
+extern const Level kAvx2 = {
+    "avx2",
+    columns_avx2,
+    pixels_avx,
+    pack_avx,
+    blend_loop,
+    overlay_loop,
+    convolve_share<Vector>,
+    gradient_rows<Vector>,
+    gradient_products<Vector>,
+};
 
 }  // namespace efficientad
 #endif

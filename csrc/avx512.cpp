@@ -1,6 +1,9 @@
-// Floor 0, includes avx.h: the level of processors with AVX-512 (F, BW, DQ, VL); empty elsewhere.
+// Floor 0, includes avx.h and conv_*.h: the level of processors with AVX-512 (F, BW, DQ, VL); empty
+// elsewhere.
 #ifdef __x86_64__
 #include "avx.h"
+#include "conv_block.h"
+#include "conv_gradient.h"
 
 namespace efficientad {
 namespace {
@@ -34,10 +37,30 @@ void columns_avx512(const uint8_t* at, int64_t pitch, const float* weights, int3
   }
 }
 
+struct Vector {
+  using T = __m512;
+  static constexpr int kWidth = 16, kRows = 14;
+  static T load(const float* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, T value) { _mm512_storeu_ps(to, value); }
+  static T broadcast(float value) { return _mm512_set1_ps(value); }
+  static T fma(T a, T b, T sum) { return _mm512_fmadd_ps(a, b, sum); }
+  // Of a NaN and a number the instruction returns its second operand.
+  static T relu(T value) { return _mm512_max_ps(_mm512_setzero_ps(), value); }
+};
+
 }  // namespace
 
-extern const Level kAvx512 = {"avx512", columns_avx512, pixels_avx,
-                              pack_avx, blend_loop,     overlay_loop};
+extern const Level kAvx512 = {
+    "avx512",
+    columns_avx512,
+    pixels_avx,
+    pack_avx,
+    blend_loop,
+    overlay_loop,
+    convolve_share<Vector>,
+    gradient_rows<Vector>,
+    gradient_products<Vector>,
+};
 
 }  // namespace efficientad
 #endif

@@ -79,6 +79,56 @@ void overlay(Address data, int64_t pitch, int32_t height, int32_t width, Address
   ea::overlay(frame, map, colors, pointer<uint8_t>(out));
 }
 
+using Strides = std::array<int64_t, 3>;  // of an image, a row and a pixel, in floats
+using Shape = std::array<int32_t, 4>;    // images, height, width, channels
+
+ea::Pixels pixels(Address data, const Strides& strides, const Shape& shape) {
+  return {pointer<float>(data), strides[0], strides[1], strides[2],
+          shape[0],             shape[1],   shape[2],   shape[3]};
+}
+
+void convolve(Address x, const Strides& x_strides, const Shape& x_shape,
+              const std::array<int32_t, 3>& kernel, Address filters, Address bias, Address input,
+              Address output, Address y, const Strides& y_strides, const Shape& y_shape, bool add,
+              bool relu, bool pool, int32_t pool_padding, int threads) {
+  const ea::Convolution convolution{pixels(x, x_strides, x_shape),
+                                    pixels(y, y_strides, y_shape),
+                                    kernel[0],
+                                    kernel[1],
+                                    kernel[2],
+                                    pointer<const float>(filters),
+                                    pointer<const float>(bias),
+                                    pointer<const float>(input),
+                                    pointer<const float>(output),
+                                    add,
+                                    relu,
+                                    pool,
+                                    pool_padding};
+  ea::convolve(convolution, threads);
+}
+
+void filter_gradient(Address x, const Strides& x_strides, const Shape& x_shape, int32_t kernel,
+                     Address input, Address output, Address gradient, const Strides& y_strides,
+                     const Shape& y_shape, Address products, int threads) {
+  ea::Convolution convolution{};
+  convolution.x = pixels(x, x_strides, x_shape);
+  convolution.y = pixels(gradient, y_strides, y_shape);
+  convolution.kernel = kernel;
+  convolution.step = 1;
+  convolution.input = pointer<const float>(input);
+  convolution.output = pointer<const float>(output);
+  ea::filter_gradient(convolution, pointer<float>(products), threads);
+}
+
+void resize(Address x, const Strides& x_strides, const Shape& x_shape, Address y,
+            const Strides& y_strides, const Shape& y_shape, int threads) {
+  ea::resize(pixels(x, x_strides, x_shape), pixels(y, y_strides, y_shape), threads);
+}
+
+void mean_square(Address x, int64_t count, int32_t channels, Address y, int threads) {
+  ea::mean_square(pointer<const float>(x), count, channels, pointer<float>(y), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -101,4 +151,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("resize_pack", &resize_pack, Free());
   module.def("upsample", &upsample, Free());
   module.def("overlay", &overlay, Free());
+  module.def("convolve", &convolve, Free());
+  module.def("filter_gradient", &filter_gradient, Free());
+  module.def("resize", &resize, Free());
+  module.def("mean_square", &mean_square, Free());
 }

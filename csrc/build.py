@@ -18,7 +18,7 @@ from pathlib import Path
 
 MODULE = "_native.so"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-HOST = ("bindings.cpp", "host.cpp", "pool.cpp", "portable.cpp", "taps.cpp")
+HOST = ("bindings.cpp", "conv.cpp", "host.cpp", "pool.cpp", "portable.cpp", "taps.cpp")
 CUDA = ("frame.cu",)
 LEVELS = {  # sources with instructions of their own, chosen at run time
     "avx2.cpp": "-mavx2 -mfma -mf16c",

@@ -38,19 +38,6 @@ const Level* best() {
 
 std::atomic<const Level*> chosen{nullptr};
 
-const Level& current() {
-  const Level* level = chosen.load(std::memory_order_relaxed);
-  if (level == nullptr) chosen = level = best();
-  return *level;
-}
-
-// Working memory of a thread, kept between calls.
-float* scratch(int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
-  return memory.data();
-}
-
 // body(first row, end) over all rows, in steps of `step`.
 void over_rows(int64_t rows, int64_t step, int64_t values,
                const std::function<void(int64_t, int64_t)>& body) {
@@ -60,6 +47,20 @@ void over_rows(int64_t rows, int64_t step, int64_t values,
 }
 
 }  // namespace
+
+const Level& current() {
+  const Level* level = chosen.load(std::memory_order_relaxed);
+  if (level == nullptr) chosen = level = best();
+  return *level;
+}
+
+float* scratch(int64_t floats) {
+  constexpr int64_t kLine = 16;  // floats
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats + kLine) memory.resize(floats + kLine);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (-at / sizeof(float)) % kLine;
+}
 
 std::vector<std::string> levels() {
   std::vector<std::string> names;

@@ -18,9 +18,20 @@ void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, cons
 void upsample(const Maps& maps, const Taps& rows, const Taps& columns, float* out);
 void overlay(const Frame& frame, const float* values, const Colors& colors, uint8_t* out);
 
-// Threads (pool.cpp). body(i) for every i < count, on the kept threads and the caller; where they
-// are busy with another caller's work, on the caller alone. An exception of a body is rethrown.
-void parallel(int64_t count, const std::function<void(int64_t)>& body);
+// Convolutions (conv.cpp), on at most `threads` threads. resize: bilinear without antialias, rows
+// of x dense. mean_square: of every pixel's channels, all dense.
+void convolve(const Convolution& convolution, int threads);
+void filter_gradient(const Convolution& convolution, float* products, int threads);
+void resize(const Pixels& x, const Pixels& y, int threads);
+void mean_square(const float* x, int64_t pixels, int32_t channels, float* y, int threads);
+
+const Level& current();          // the level in use
+float* scratch(int64_t floats);  // memory of this thread, 64-byte aligned, kept between calls
+
+// Threads (pool.cpp). body(i) for every i < count, on the kept threads and the caller, together at
+// most `limit` if it is not 0; where they are busy with another caller's work, on the caller alone.
+// An exception of a body is rethrown.
+void parallel(int64_t count, const std::function<void(int64_t)>& body, int limit = 0);
 int threads();
 void set_threads(int count);  // 0: as many as there are processors, at most 16
 

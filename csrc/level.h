@@ -1,15 +1,16 @@
-// Floor 0, includes frame.h: the row functions that each level of vector instructions supplies.
+// Floor 0, includes frame.h and conv.h: what each level of vector instructions supplies.
 //
 // No C++ library here: what an AVX source instantiates of it could be linked into other code.
 #pragma once
 
+#include "conv.h"
 #include "frame.h"
 
 namespace efficientad {
 
 constexpr int kRows = 4;  // output rows that a block computes together
 
-// The row functions of one instruction set. All levels give the same bits.
+// The functions of one instruction set. All levels give the same bits of frames and maps.
 struct Level {
   const char* name;
   // out[i] = column_sum(at + i, ...) for i < n.
@@ -28,6 +29,13 @@ struct Level {
   // Colours of n map values over n RGB pixels.
   void (*overlay)(const uint8_t* frame, const float* values, int64_t n, const Colors& colors,
                   uint8_t* out);
+  // One share of a convolution; scratch: 64-byte aligned, scratch_of() floats.
+  void (*convolve)(const Convolution& convolution, const Share& share, float* scratch);
+  // The gradient of the filters of minimal filtering; y holds the outputs' gradient.
+  void (*gradient_rows)(const Convolution& convolution, const Strip& strip, int64_t first,
+                        int64_t end);
+  void (*gradient_products)(const Convolution& convolution, const Strip& strip, int64_t point,
+                            float* products, bool first);
 };
 
 extern const Level kPortable;

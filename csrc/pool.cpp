@@ -33,15 +33,16 @@ class Pool {
     for (auto& worker : workers_) worker.join();
   }
 
-  void run(int64_t count, const std::function<void(int64_t)>& body) {
+  void run(int64_t count, const std::function<void(int64_t)>& body, int limit) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (!turn || workers_.empty() || count < 2) {
+    if (!turn || workers_.empty() || count < 2 || limit == 1) {
       for (int64_t i = 0; i < count; ++i) body(i);
       return;
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       body_ = &body;
+      limit_ = limit;
       count_ = count;
       next_ = 0;
       error_ = nullptr;
@@ -73,7 +74,7 @@ class Pool {
       wake_.wait(lock, [&] { return stopping_ || round_ != seen; });
       if (stopping_) return;
       seen = round_;
-      if (body_ == nullptr) continue;
+      if (body_ == nullptr || (limit_ > 0 && active_ >= limit_ - 1)) continue;
       const auto& body = *body_;
       ++active_;
       lock.unlock();
@@ -88,7 +89,7 @@ class Pool {
   const std::function<void(int64_t)>* body_ = nullptr;
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0;
-  int active_ = 0;
+  int active_ = 0, limit_ = 0;
   uint64_t round_ = 0;
   bool stopping_ = false;
   std::exception_ptr error_;
@@ -119,14 +120,14 @@ int automatic() {
 
 }  // namespace
 
-void parallel(int64_t count, const std::function<void(int64_t)>& body) {
+void parallel(int64_t count, const std::function<void(int64_t)>& body, int limit) {
   std::shared_ptr<Pool> pool;
   {
     std::lock_guard<std::mutex> lock(state->mutex);
     if (!state->pool) state->pool = std::make_shared<Pool>(threads());
     pool = state->pool;
   }
-  pool->run(count, body);
+  pool->run(count, body, limit);
 }
 
 int threads() { return state->size > 0 ? state->size : automatic(); }

@@ -1,9 +1,10 @@
-"""Floor 3, imports folding, networks and fast_conv: the folded detector in plain torch.
+"""Floor 3, imports folding, networks, fast_conv and folded_native: the folded detector in torch.
 
 The fast path of a CPU, and, in channels_last, of a GPU that cannot run the kernels. It has the
 arithmetic of the detector with fewer passes over memory: the difference between teacher and student
 is one convolution over their concatenated features, and no 384-channel intermediate is normalised.
-On a CPU without bfloat16 units the large convolutions take fewer multiplications (`fast_conv.py`).
+In float32 on a CPU it is handed to the compiled convolutions (`folded_native.py`); where these are
+missing the large convolutions still take fewer multiplications (`fast_conv.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efficientad import folding
+from efficientad import folding, native_conv
 from efficientad.detector import EfficientAD
 from efficientad.fast_conv import convolve
+from efficientad.folded_native import NativeNetwork
 from efficientad.networks import PDN_LAYERS, TEACHER_CHANNELS, decoder_sizes
 
 
@@ -36,9 +38,21 @@ class FoldedNetwork(nn.Module):
         super().__init__()
         self.size, self.padding = detector.size, detector.padding
         device = detector.affine.device if device is None else device
-        for name, value in _folded_tensors(detector).items():
+        tensors = _folded_tensors(detector)
+        for name, value in tensors.items():
             layout = {"memory_format": torch.channels_last} if value.dim() == 4 else {}
             self.register_buffer(name, value.to(device, dtype, copy=True).contiguous(**layout))
+        self._native = self._compiled(tensors)
+
+    def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | None:
+        """The network in compiled convolutions, where they compute in its dtype."""
+        weight = self.st_weight
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            return None
+        if not native_conv.available():
+            return None
+        tensors = {name: value.cpu() for name, value in tensors.items()}
+        return NativeNetwork(tensors, self.size, self.padding)
 
     @torch.no_grad()
     def reload(self, detector: EfficientAD) -> None:
@@ -52,11 +66,15 @@ class FoldedNetwork(nn.Module):
                 f"the detector is EfficientAD-{detector.size} with padding={detector.padding}; "
                 f"this network is {self.size} with padding={self.padding}: build a new one"
             )
-        for name, value in _folded_tensors(detector).items():
+        tensors = _folded_tensors(detector)
+        for name, value in tensors.items():
             getattr(self, name).copy_(value)
+        self._native = self._compiled(tensors)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w), float32."""
+        if self._native is not None:
+            return self._native(x)
         height, width = x.shape[-2:]
         teacher, student = self._trunk(x, "teacher"), self._trunk(x, "student")
         decoded = self._autoencoder(x, (height, width))

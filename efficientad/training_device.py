@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from efficientad.devices import cpu_computes_bfloat16
+from efficientad.devices import cpu_multiplies_bfloat16
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
@@ -18,7 +18,7 @@ def choose_dtype(dtype: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        native = cpu_computes_bfloat16()
+        native = cpu_multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 
