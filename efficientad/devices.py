@@ -1,13 +1,23 @@
-"""Floor 1, imports torch: the device and the computing dtype that "auto" and names stand for."""
+"""Floor 1, imports torch, native_conv: device, dtype and batch sizes that a user's words mean."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 
+from efficientad import native_conv
+
+FP8 = torch.float8_e4m3fn
+FP8_MIN_CAPABILITY = (8, 9)
+DEFAULT_BUCKETS = {"cuda": (1, 4, 16), "cpu": (1,)}
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": FP8,
 }
 
 
@@ -41,12 +51,13 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, backend: str) -
     """The computing dtype on `device`; see `predictor.FastPredictor`.
 
     Raises:
-        ValueError: an unknown dtype, or float16 on a CPU outside Triton's interpreter.
+        ValueError: an unknown dtype, float16 or float8_e4m3fn on a CPU outside Triton's
+            interpreter, float8_e4m3fn below sm_89 or without the kernels.
     """
     if dtype == "auto":
         if device.type == "cuda":
             return torch.float16
-        return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
+        return torch.bfloat16 if cpu_is_fastest_in_bfloat16() else torch.float32
     chosen = DTYPES.get(str(dtype).removeprefix("torch."))
     if chosen is None:
         raise ValueError(f"dtype is {dtype!r}; it must be 'auto' or one of {', '.join(DTYPES)}")
@@ -55,12 +66,77 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, backend: str) -
             "dtype is float16 and the device a CPU, which has no fast float16 convolution (14 s an "
             "image were measured); use 'auto', 'bfloat16' or 'float32'"
         )
+    if chosen == FP8:
+        _check_fp8(device, backend)
     return chosen
 
 
-def cpu_computes_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself (AVX512-BF16, AMX, or ARM's BF16)."""
+def _check_fp8(device: torch.device, backend: str) -> None:
+    """Raise ValueError where nothing computes in fp8."""
+    if backend == "auto" and os.environ.get("EFFICIENTAD_BACKEND") == "torch":
+        backend = "torch"
+    if backend not in ("auto", "triton"):
+        raise ValueError(
+            f"backend is {backend!r} and dtype float8_e4m3fn, in which only the kernels compute; "
+            "use backend 'auto' or 'triton', or another dtype"
+        )
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return
+        have = "the device a CPU"
+    else:
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= FP8_MIN_CAPABILITY:
+            return
+        have = f"{device} is sm_{capability[0]}{capability[1]}"
+    raise ValueError(
+        f"dtype is float8_e4m3fn and {have}; fp8 needs a CUDA device from sm_89 on: use 'auto'"
+    )
+
+
+def choose_buckets(batch_sizes: Sequence[int] | None, device: torch.device) -> tuple[int, ...]:
+    """The batch sizes of a predictor, ascending; None is the device's default.
+
+    Raises:
+        ValueError: no size, or one below 1.
+    """
+    if batch_sizes is None:
+        return DEFAULT_BUCKETS["cuda" if device.type == "cuda" else "cpu"]
+    sizes = tuple(sorted({int(b) for b in batch_sizes}))
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"batch_sizes is {batch_sizes!r}; it must name sizes of at least 1")
+    return sizes
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 convolutions on CUDA with all their digits: cuDNN rounds operands to TF32 (10 bits of
+    mantissa) by default, which is further from float32 than the bounds of this package allow."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it (AVX512-BF16, AMX, or ARM's BF16)."""
     if torch.backends.cpu.get_cpu_capability() in ("SVE256", "SVE128"):
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+    return _has("_is_avx512_bf16_supported") or _has("_is_amx_tile_supported")
+
+
+def cpu_is_fastest_in_bfloat16() -> bool:
+    """Whether the folded network takes less time in bfloat16 than in float32.
+
+    AVX512-BF16 alone doubles the speed of a multiplication, and the compiled convolutions do with
+    a quarter to a fifth of them in float32: on a Zen 4 float32 was measured at 0.55 of the time of
+    bfloat16, and it is the more accurate. AMX multiplies many times as fast (not measured here).
+    """
+    only_avx512 = _has("_is_avx512_bf16_supported") and not _has("_is_amx_tile_supported")
+    return cpu_multiplies_bfloat16() and not (only_avx512 and native_conv.available())
+
+
+def _has(probe: str) -> bool:
+    return bool(getattr(torch.cpu, probe, lambda: False)())

@@ -25,6 +25,8 @@ Layer = tuple[Tensor, Tensor]  # weight, bias
 class FoldedWeights:
     """Filters (Cout, K, K, Cin) in the computing dtype; biases and scales in at least float32.
 
+    A layer reads the dtype of its own filters and writes that of the next layer's.
+
     Attributes:
         image_mean, image_std: (3,), for `pack`.
         trunk: per PDN layer but the last: weights and biases, one entry per network (teacher,
@@ -34,6 +36,8 @@ class FoldedWeights:
         last: weight_teacher, weight_student (negated), weight_autoencoder and bias of
             `reference.pair_distance`.
         affine: (4,), for `reference.anomaly_map`.
+        trunk_scales: per PDN layer but the last: the networks' scales like the biases, or None
+            where the filters are not fp8. last_scale: that of `reference.pair_distance`, or None.
     """
 
     image_mean: Tensor
@@ -43,6 +47,8 @@ class FoldedWeights:
     decoder: list[Layer]
     last: tuple[Tensor, Tensor, Tensor, Tensor]
     affine: Tensor
+    trunk_scales: list[list[Tensor] | None]
+    last_scale: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors, in a fixed order."""
@@ -52,6 +58,10 @@ class FoldedWeights:
         for layer in (*self.encoder, *self.decoder):
             yield from layer
         yield from (*self.last, self.affine)
+        for scales in self.trunk_scales:
+            yield from scales or ()
+        if self.last_scale is not None:
+            yield self.last_scale
 
     def copy_(self, other: FoldedWeights) -> None:
         """Take over other weights of the same network, in place: captured graphs stay valid.
@@ -106,9 +116,7 @@ def fold(
         # The first layer keeps its quarter: `pack` feeds it, and 3 channels leave room to spare.
         quarter = 0.25 if row.pool and i > 1 else 1.0
         weights = [filters(c.weight * quarter, 4 if i == 1 else 0) for c in convs]
-        trunk.append(
-            (_consecutive(weights), _consecutive([vector(c.bias * quarter) for c in convs]))
-        )
+        trunk.append((consecutive(weights), consecutive([vector(c.bias * quarter) for c in convs])))
     encoder, decoder = detector.autoencoder.encoder, detector.autoencoder.decoder
     return FoldedWeights(
         image_mean=vector(detector.image_mean),
@@ -118,6 +126,7 @@ def fold(
         decoder=[layer(getattr(decoder, f"deconv{i}")) for i in range(1, 8)],
         last=_fold_last(detector, filters, vector),
         affine=vector(detector.affine),
+        trunk_scales=[None] * len(trunk),
     )
 
 
@@ -148,6 +157,6 @@ def normalized_teacher(detector: EfficientAD) -> Layer:
     return weight, (conv.bias.detach().double() - mean) / std
 
 
-def _consecutive(tensors: list[Tensor]) -> list[Tensor]:
-    """The same tensors as consecutive views of one buffer."""
-    return list(torch.cat(tensors).split([len(t) for t in tensors]))
+def consecutive(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The same tensors as consecutive views of one buffer, cast to `dtype` if it is given."""
+    return list(torch.cat(tensors).to(dtype).split([len(t) for t in tensors]))

@@ -92,16 +92,18 @@ class Plan:
 def trunk(plan: Plan, weights: FoldedWeights, packed: Tensor, operations, run: Run) -> list[Tensor]:
     """Teacher and student up to their last layer: packed image -> per network (N, h, w, C)."""
     pool_padding = int(plan.padding)
+    read = [filters[0].dtype for filters, _ in weights.trunk] + [weights.last[0].dtype]
     x = run("trunk1", operations.first_conv_relu_pool, packed, *weights.trunk[0],
-            pool_padding=pool_padding)  # fmt: skip
+            pool_padding=pool_padding, out_dtype=read[1])  # fmt: skip
     for i, row in list(enumerate(plan.layers[:-1], start=1))[1:]:
         name, layer = f"trunk{i}", weights.trunk[i - 1]
-        padding = row.padding if plan.padding else 0
+        options = {"padding": row.padding if plan.padding else 0, "out_dtype": read[i]}
+        options["scale"] = weights.trunk_scales[i - 1]
         if row.pool:  # the quarter is in the weights
-            options = {"padding": padding, "pool_padding": pool_padding, "pool_scale": 1.0}
+            options |= {"pool_padding": pool_padding, "pool_scale": 1.0}
             x = run(name, operations.conv_relu_pool, x, *layer, **options)
         else:
-            x = run(name, operations.conv_relu, x, *layer, padding=padding)
+            x = run(name, operations.conv_relu, x, *layer, **options)
     return x
 
 
@@ -132,7 +134,7 @@ def distance_maps(
     weights: FoldedWeights, features: list[Tensor], decoded: Tensor, operations
 ) -> tuple[Tensor, Tensor]:
     """Last layer of all networks: two maps (P, N, h, w), P partial maps that sum to the map."""
-    return operations.pair_distance(*features, decoded, *weights.last)
+    return operations.pair_distance(*features, decoded, *weights.last, scale=weights.last_scale)
 
 
 def forward(

@@ -15,7 +15,8 @@ from efficientad import frames as frame_path
 from efficientad.backends import build_backend
 from efficientad.checks import check_map_size
 from efficientad.detector import AnomalyOutput, EfficientAD
-from efficientad.devices import choose_device, choose_dtype
+from efficientad.devices import FP8, choose_buckets, choose_device, choose_dtype
+from efficientad.fp8 import build_fp8, check_calibration
 from efficientad.frame_inputs import Frame, as_batch, read_frames
 from efficientad.images import ImageError
 from efficientad.prediction import Prediction
@@ -23,7 +24,6 @@ from efficientad.runners import EagerRunner, GraphRunner, Result
 from efficientad.staging import Staging
 
 MAP_SIZES = ("input", "source", "feature", None)
-DEFAULT_BUCKETS = {"cuda": (1, 4, 16), "cpu": (1,)}
 
 
 class FastPredictor:
@@ -31,19 +31,26 @@ class FastPredictor:
 
     On a CUDA device from sm_80 on: the fused kernels in one CUDA graph per batch size. On an older
     one, or where the kernels cannot be compiled or fail their numerical self-check: the folded
-    torch network in the same graphs. On a CPU: the folded torch network in channels_last.
+    torch network in the same graphs. On a CPU: the folded network in channels_last, in float32
+    with compiled convolutions (csrc/conv.h) if they are built, else through torch.
 
     Args:
         detector: calibrated; its weights are copied, and it may be dropped or changed afterwards.
         device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", or a torch.device.
-        dtype: "auto", or "float32", "float16", "bfloat16" or the torch dtype. "auto" is float16 on
-            CUDA, and on a CPU bfloat16 where the processor computes in it, else float32. float32
-            runs the folded torch network.
+        dtype: "auto", or "float32", "float16", "bfloat16", "float8_e4m3fn" or the torch dtype.
+            "auto" is float16 on CUDA. On a CPU it is bfloat16 where the processor has AMX or ARM's
+            BF16, else float32, whose compiled convolutions were measured faster than bfloat16
+            through AVX512-BF16; that is taken where they are missing. float8_e4m3fn is never
+            automatic: it needs a CUDA device from sm_89 on, and `calibration`.
         batch_sizes: the buckets. A batch is cut into the largest that fit; what remains is padded
             to the next bucket on a GPU. None: (1, 4, 16) on a GPU and (1,) on a CPU, where a larger
             batch gains nothing.
         map_size: of the maps that calls return unless they say otherwise, see `__call__`.
         backend: "auto", or "triton" or "torch" to insist.
+        calibration: for float8_e4m3fn alone: good images as `calibrate` takes them, at least 16.
+            From them come the scales of its numbers and, anew, quantiles and threshold; on them its
+            scores and maps must stay close to float32's, or construction stops (`fp8.Fp8Error`).
+        fp8_layers: the PDN layers in fp8: "second", "inner" (second to last but one) or "all".
 
     Calls from several threads are safe: a lock serialises the steps. For more throughput give each
     thread an instance of its own.
@@ -53,12 +60,13 @@ class FastPredictor:
 
     Attributes:
         threshold: by which predictions are judged; the detector's, and may be set at any time.
-        facts: device, dtype, backend, the reason if the kernels are not used, and the seconds that
-            construction took.
+        facts: device, dtype, backend, the reason if the kernels are not used, fp8's layers and its
+            `fp8.Fp8Check` or None, and the seconds that construction took.
 
     Raises:
         UncalibratedError: the detector has no statistics or quantiles.
-        ValueError: arguments out of range; float16 on a CPU; a CUDA device where there is none.
+        ValueError: arguments out of range; float16 on a CPU; a CUDA device where there is none;
+            float8_e4m3fn where it cannot be computed in, without images, or not close enough.
     """
 
     def __init__(
@@ -70,6 +78,8 @@ class FastPredictor:
         batch_sizes: Sequence[int] | None = None,
         map_size: str | None = "input",
         backend: str = "auto",
+        calibration: object = None,
+        fp8_layers: str = "second",
     ) -> None:
         start = time.perf_counter()
         if not detector.calibrated:
@@ -77,21 +87,25 @@ class FastPredictor:
         check_map_size(map_size, MAP_SIZES)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, backend)
-        self.batch_sizes = _check_buckets(batch_sizes, self.device)
+        check_calibration(self.dtype, calibration)
+        self.batch_sizes = choose_buckets(batch_sizes, self.device)
         self.map_size = map_size
         self.image_size = detector.image_size
         self.map_padding = detector.map_padding
         self.score_size = detector.score_size
-        self.threshold = detector.threshold
         self._frames, self._not_numbers = 0, set()
         self._model = (detector.size, detector.padding)
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with self._on_device(), torch.no_grad():
-            largest = self.batch_sizes[-1]
-            self._backend, reason = build_backend(
-                detector, self.dtype, self.device, backend, largest
-            )
+            largest, reason, fp8 = self.batch_sizes[-1], None, None
+            if self.dtype == FP8:
+                arguments = (detector, calibration, fp8_layers, self.device, largest)
+                self._backend, detector, fp8 = build_fp8(*arguments)
+            else:
+                arguments = (detector, self.dtype, self.device, backend, largest)
+                self._backend, reason = build_backend(*arguments)
+            self.threshold = detector.threshold
             self._normalization = _normalization(detector)
             arguments = (self._backend, self.image_size, self.map_padding)
             if self._stream is None:
@@ -104,6 +118,7 @@ class FastPredictor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self._backend.name,
             "reason": reason,
+            "fp8": fp8,
             "construction_seconds": round(time.perf_counter() - start, 3),
         }
 
@@ -231,7 +246,8 @@ class FastPredictor:
 
         Raises:
             UncalibratedError: it has no statistics or quantiles.
-            ValueError: another network, input size, map padding or score size.
+            ValueError: another network, input size, map padding or score size; always in fp8, whose
+                scales and quantiles belong to the predictor's own detector.
         """
         if not detector.calibrated:
             detector.raise_uncalibrated()
@@ -327,7 +343,7 @@ class FastPredictor:
         for place, frame in zip(packed, frames, strict=False):
             frame_path.resize_pack(
                 frame, self.image_size, mean, std, border=self._backend.border,
-                channels=self._backend.channels, dtype=self.dtype, out=place,
+                channels=self._backend.channels, dtype=self._backend.dtype, out=place,
             )  # fmt: skip
         return self._runner.run(bucket)
 
@@ -382,12 +398,3 @@ def _joined(maps: list[Tensor]) -> Any:
 def _normalization(detector: EfficientAD) -> tuple[list[float], list[float]]:
     mean, std = detector.image_mean, detector.image_std
     return mean.flatten().tolist(), std.flatten().tolist()
-
-
-def _check_buckets(batch_sizes: Sequence[int] | None, device: torch.device) -> tuple[int, ...]:
-    if batch_sizes is None:
-        return DEFAULT_BUCKETS["cuda" if device.type == "cuda" else "cpu"]
-    sizes = tuple(sorted({int(b) for b in batch_sizes}))
-    if not sizes or sizes[0] < 1:
-        raise ValueError(f"batch_sizes is {batch_sizes!r}; it must name sizes of at least 1")
-    return sizes
