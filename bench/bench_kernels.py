@@ -30,6 +30,7 @@ from bench.kernel_case import BOTH, Case
 from bench.kernel_cases import CHANNELS, Layer, layers
 from bench.kernel_inputs import FP8
 from bench.timing import in_turn
+from efficientad.call_times import significant
 
 Row = dict[str, Any]
 Measure = Callable[[], list[Row]]
@@ -122,7 +123,7 @@ def measure(
         row |= timing.row()
         row |= rates(case, row.pop("nbytes"), timing.us, ceilings)
         if backend != backends[0] and backends[0] in timings:
-            row["ratio"] = round(timing.us / timings[backends[0]].us, 3)
+            row["ratio"] = significant(timing.us / timings[backends[0]].us)
     return list(rows.values())
 
 
@@ -149,11 +150,11 @@ def rates(case: Case, nbytes: int, us: float, ceilings: Ceilings) -> Row:
     return {
         "gflop": round(flop / 1e9, 6),
         "mbytes": round(nbytes / 1e6, 4),
-        "tflops": round(flop / us / 1e6, 5) if flop else None,
-        "gb_s": round(nbytes / us / 1e3, 3),
-        "floor_us": round(floor, 4),
+        "tflops": significant(flop / us / 1e6) if flop else None,
+        "gb_s": significant(nbytes / us / 1e3),
+        "floor_us": significant(floor),
         "bound": bound,
-        "fraction_of_ceiling": round(floor / us, 5),
+        "fraction_of_ceiling": significant(floor / us),
     }
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import in_turn
+from efficientad.call_times import significant
 
 Row = dict[str, Any]
 FP8 = torch.float8_e4m3fn
@@ -94,7 +95,7 @@ def _product(dtype: torch.dtype, device: torch.device, side: int, seconds: float
         wrong = "wrong: the product differs from float64's"
         return row | {"us": None, "tflops": None, "no_time": wrong}
     timing = in_turn({"product": lambda: product(a, b)}, device, seconds=seconds)["product"]
-    return row | timing.row() | {"tflops": round(2 * side**3 / timing.us / 1e6, 4)}
+    return row | timing.row() | {"tflops": significant(2 * side**3 / timing.us / 1e6)}
 
 
 def _product_error(a: Tensor, b: Tensor) -> float:
@@ -114,7 +115,7 @@ def _copy(device: torch.device, seconds: float) -> Row:
     timing = in_turn(call, device, seconds=seconds)["copy"]
     row = {"kind": "ceiling", "name": f"copy {nbytes >> 20} MiB", "dtype": "float32"}
     row |= {"device": device.type, **timing.row()}
-    return {**row, "gb_s": round(2 * source.nbytes / timing.us / 1e3, 2)}
+    return {**row, "gb_s": significant(2 * source.nbytes / timing.us / 1e3)}
 
 
 def from_rows(rows: Iterable[Row]) -> Ceilings:

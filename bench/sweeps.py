@@ -29,6 +29,7 @@ from bench.kernel_cases import Layer
 from bench.roofline import Group
 from bench.timing import in_turn
 from efficientad import operators
+from efficientad.call_times import significant
 from efficientad.kernels import (
     anomaly_map,
     bottleneck,
@@ -231,9 +232,9 @@ def measure(
         row = rows[variant]
         row |= timing.row() | rates(case, nbytes, timing.us, ceilings)
         if row.get("l2_mbytes"):
-            row["l2_tb_s"] = round(row["l2_mbytes"] / timing.us, 3)
+            row["l2_tb_s"] = significant(row["l2_mbytes"] / timing.us)
         if shipped in timings:
-            row["ratio"] = round(timing.us / timings[shipped].us, 3)
+            row["ratio"] = significant(timing.us / timings[shipped].us)
     return list(rows.values())
 
 

@@ -117,8 +117,13 @@ def summary(rounds: Sequence[Sequence[float]], images: int) -> dict[str, float]:
     p25, p50, p75, p90, p99 = np.percentile(ms, [25, 50, 75, 90, 99])
     numbers = (p50, p90, p99, ms.max(), ms.mean(), p75 - p25)
     rate = images * len(ms) / float(ms.sum()) * 1e3
-    values = [*(round(float(x), 4) for x in numbers), round(rate, 2)]
+    values = [*(round(float(x), 4) for x in numbers), significant(rate)]
     return dict(zip(SUMMARY, [*values, len(ms)], strict=True))
+
+
+def significant(value: float, digits: int = 5) -> float:
+    """Rounded to so many digits, wherever they begin: rates span many orders of magnitude."""
+    return float(f"{value:.{digits}g}")
 
 
 def ratio(
