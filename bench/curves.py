@@ -100,11 +100,11 @@ def draw_distillation(found: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--out", type=Path, default=record.ROOT / "docs" / "pictures")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     for file in sorted(options.results.glob("training_*.json")):
         draw_training(record.read(file), options.out / f"{file.stem}.png")
     teacher = options.results / "teacher_small_distillation.json"

@@ -68,9 +68,25 @@ def test_a_run_continues_and_agrees_with_the_evaluation(dataset, tmp_path, monke
     assert curve["rows"][1]["metrics"]["images"] == 2  # every third of the test images
     assert 0 < curve["rows"][0]["cpu_seconds"] <= curve["rows"][1]["cpu_seconds"]
     assert 0 < curve["rows"][0]["seconds"] <= curve["rows"][1]["seconds"]
-    curves.draw_training(curve, tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.width > 1000
+
+
+def test_pictures_of_trainings(tmp_path):
+    """Every results file of a training, and the teacher's; three panels where it was measured."""
+    pytest.importorskip(
+        "matplotlib", reason="pictures need matplotlib: pip install efficientad[report]"
+    )
+    terms = {"hard": 3.0, "penalty": 0.0, "autoencoder": 1.0, "student_autoencoder": 0.1}
+    metrics = {"images": 4, "image AU-ROC": 0.7, "pixel AU-ROC": 0.9}
+    rows = [{"step": i, **terms} for i in (10, 20)]
+    record.write(tmp_path / "training_plain.json", {"data": "dots"}, rows)
+    rows = [{**row, "metrics": metrics, "quantiles": [0.3, 0.6, 0.1, 0.2]} for row in rows]
+    record.write(tmp_path / "training_measured.json", {"data": "dots"}, rows)
+    teacher = [{"step": i, "train": 1.0, "held_out": 0.9, "held_out_inner": 0.8} for i in (1, 2)]
+    (tmp_path / "teacher_small_distillation.json").write_text(json.dumps({"curve": teacher}))
+    curves.main(["--results", str(tmp_path), "--out", str(tmp_path / "pictures")])
+    widths = {p.stem: Image.open(p).width for p in (tmp_path / "pictures").iterdir()}
+    assert set(widths) == {"training_plain", "training_measured", "teacher_small_distillation"}
+    assert widths["training_measured"] > 2.5 * widths["training_plain"]
 
 
 def test_normalizations(dataset):
