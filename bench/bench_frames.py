@@ -13,8 +13,6 @@ Pillow, which rounds, in levels of 255. `gb_s` counts the frame's bytes once.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -22,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 
-from efficientad import __version__, frames
+from bench import record
+from efficientad import frames
 
 SIZES = ((480, 640), (1024, 1024), (2048, 2448))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -105,17 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
             f" {row['native_half_ms']:>7.2f} ms {row['ratio_half']:>5.1f}x"
             f" {row['gb_s']:>6.1f} {row['error']:>6.2f}"
         )
-    about = {
-        "version": __version__,
-        "processor": platform.processor() or platform.machine(),
-        "frame_path": frames.native_info(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "torch": torch.__version__,
-    }
     if options.json:
-        options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        record.write(options.json, record.about() | {"frame_path": frames.native_info()}, rows)
     return 0
 
 

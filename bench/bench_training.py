@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -25,10 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench import record
 from efficientad import EfficientAD
 from efficientad.augment import augmented, penalty_photo
 from efficientad.demo_parts import write_dataset
-from efficientad.files import write_text
 from efficientad.images import find_images, read_image, resize_image, to_tensor
 from efficientad.losses import learning_rate
 from efficientad.prefetch import ahead
@@ -162,11 +161,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     differences = [abs(a - b) / a for a, b in zip(losses["plain"], losses["trainer"], strict=True)]
     return {
         "size": options.size,
-        "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else "cpu",
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "kind": "training",
+        "device": trainer.device.type,
         "dtype": options.dtype,
         "steps": len(timed["plain"]),
         "steps_per_second": {kind: 1 / value for kind, value in median.items()},
@@ -195,10 +191,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if options.json is not None:
-        write_text(options.json, text + "\n")
+        record.write(options.json, record.about(options.device), [result])
 
 
 if __name__ == "__main__":
