@@ -84,9 +84,11 @@ def measure(detector: EfficientAD, dataset: DataSet) -> dict[str, dict[str, floa
     """Figures on the test images per normalisation; the networks run once."""
     raws = list(distance_maps(detector, [sample.path for sample in dataset.test]))
     held_out = list(distance_maps(detector, [sample.path for sample in dataset.validation]))
-    found, own = {}, detector.quantiles.tolist()
-    for name in NORMALIZATIONS:
-        detector.set_quantiles(*normalization(name, detector, held_out))
+    own = detector.quantiles.tolist()
+    choices = {name: normalization(name, detector, held_out) for name in NORMALIZATIONS}
+    found = {}
+    for name, quantiles in choices.items():
+        detector.set_quantiles(*quantiles)
         found[name] = figures(detector, dataset, raws)
     detector.set_quantiles(*own)
     return found

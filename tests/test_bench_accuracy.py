@@ -126,6 +126,10 @@ def test_measuring_leaves_the_detector_as_it_was(dataset):
     assert found["none"]["image_auroc"] == metrics["image AU-ROC"]
     assert found["none"]["pixel_auroc"] == pytest.approx(metrics["pixel AU-ROC"], abs=1e-12)
     assert found["none"] != found["quantiles"]
+    detector.set_quantiles(0, 1e6, 0.1, 0.4)
+    metrics = evaluation.evaluate(detector, dataset).metrics
+    assert found["autoencoder alone"]["image_auroc"] == metrics["image AU-ROC"]
+    assert found["autoencoder alone"] != found["none"]
 
 
 def test_rows_are_replaced_by_kind_and_name(tmp_path):
