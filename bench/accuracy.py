@@ -49,6 +49,11 @@ def figures(detector: EfficientAD, dataset: DataSet, raws: Iterable[RawMaps]) ->
         pixels.update(
             sized_map(detector, raw, dataset.mask_size(sample)), dataset.read_mask(sample)
         )
+    return areas(labels, scores, pixels)
+
+
+def areas(labels: list[int], scores: list[float], pixels: PixelMetrics) -> dict[str, float]:
+    """The three figures of a row."""
     pixel = pixels.compute()
     return {
         "image_auroc": image_metrics(labels, scores).au_roc,

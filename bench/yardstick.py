@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import record
-from bench.accuracy import PRO_LIMIT, TABLE, add_rows, row_of
+from bench.accuracy import TABLE, add_rows, areas, row_of
 from efficientad.backbones import load_backbone
 from efficientad.data import DataSet, open_dataset
 from efficientad.detector import EfficientAD
 from efficientad.images import load_batches
-from efficientad.metrics import PixelMetrics, image_metrics
+from efficientad.metrics import PixelMetrics
 from efficientad.teachers import default_teacher
 
 BANK = 60_000  # cells
@@ -70,12 +70,7 @@ def patch_nearest_neighbour(
         labels.append(sample.label)
         scores.append(float(sized.max()))
         pixels.update(sized.numpy(), dataset.read_mask(sample))
-    pixel = pixels.compute()
-    return {
-        "image_auroc": image_metrics(labels, scores).au_roc,
-        "pixel_auroc": pixel.au_roc,
-        "aupro": pixel.au_pro[PRO_LIMIT],
-    }
+    return areas(labels, scores, pixels)
 
 
 def network_features(network: torch.nn.Module) -> Callable[[Sequence[Path]], Iterator[Tensor]]:
