@@ -5,6 +5,7 @@ from __future__ import annotations
 import helpers
 import pytest
 import torch
+from helpers_fp8 import Definitions
 
 from efficientad import reference
 from efficientad.detector import UncalibratedError
@@ -83,32 +84,11 @@ def test_the_grouped_layers_are_consecutive_views_of_one_buffer():
             assert second.data_ptr() == first.data_ptr() + first.numel() * first.itemsize
 
 
-class _Recorder:
-    """Operations that write to `out` when it is given, as the kernels do."""
-
-    def __getattr__(self, name):
-        operation = getattr(reference, name)
-
-        def call(*arguments, out=None, **options):
-            result = operation(*arguments, **options)
-            if out is None:
-                return result
-            for place, value in zip(*_lists(out, result), strict=True):
-                place.copy_(value)
-            return out
-
-        return call
-
-
-def _lists(*values):
-    return [list(v) if isinstance(v, (list, tuple)) else [v] for v in values]
-
-
 def test_a_workspace_serves_smaller_batches_from_the_same_memory():
     model = helpers.detector("S")
     image = helpers.images(3, seed=5)
     weights = fold(model, torch.float32)
-    plan, operations, workspace = Plan("S", False, (256, 256), 4), _Recorder(), Workspace()
+    plan, operations, workspace = Plan("S", False, (256, 256), 4), Definitions(), Workspace()
     means = weights.image_mean, weights.image_std
     packed = reference.pack(image, *means, channels_last=False, dtype=torch.float32)
     for images in (3, 1, 2):
