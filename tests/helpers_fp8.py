@@ -26,7 +26,7 @@ def e4m3(x: Tensor) -> Tensor:
 
 
 class Definitions:
-    """The operations of `efficientad.reference`, writing to `out` where it is given, as kernels do."""
+    """Operations of `efficientad.reference` that write to `out` where it is given, as kernels do."""
 
     def __getattr__(self, name):
         operation = getattr(reference, name)
