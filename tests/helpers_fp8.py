@@ -26,7 +26,7 @@ def e4m3(x: Tensor) -> Tensor:
 
 
 class Definitions:
-    """Operations of `efficientad.reference` that write to `out` where it is given, as kernels do."""
+    """Operations of `efficientad.reference`; they write to `out` where it is given."""
 
     def __getattr__(self, name):
         operation = getattr(reference, name)
