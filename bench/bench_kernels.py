@@ -103,7 +103,7 @@ def measure(
     want = case.definition()
     rows, calls = {}, {}
     for backend in backends:
-        row = rows[backend] = _place(case, backend, device)
+        row = rows[backend] = place(case, backend, device)
         start = time.perf_counter()
         try:
             call, got = prepare(case, backend)
@@ -127,7 +127,8 @@ def measure(
     return list(rows.values())
 
 
-def _place(case: Case, backend: str, device: str) -> Row:
+def place(case: Case, backend: str, device: str) -> Row:
+    """What says which launch a row is about, before it is measured."""
     return {
         "kind": "kernel",
         "name": case.operation,

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bench_kernels import Measure, Row, alive, fault, first_line, launches, rates
+from bench.bench_kernels import Measure, Row, alive, fault, first_line, launches, place, rates
 from bench.ceilings import Ceilings
 from bench.kernel_case import BOTH, Case
 from bench.kernel_cases import Layer
@@ -202,7 +202,8 @@ def measure(
     rows: dict[Tile | str, Row] = {}
     calls, nbytes = {}, 0
     for variant in [*variants, UNFUSED]:
-        row = {**_place(case, device), **_tile(variant), "shipped": variant == shipped}
+        row = place(case, "triton", device) | _tile(variant)
+        row |= {"kind": "sweep", "shipped": variant == shipped}
         try:
             if variant == UNFUSED:
                 found = unfused(case)
@@ -240,21 +241,6 @@ def measure(
 
 def _mega(value: int | None) -> float | None:
     return None if value is None else round(value / 1e6, 3)
-
-
-def _place(case: Case, device: str) -> Row:
-    return {
-        "kind": "sweep",
-        "name": case.operation,
-        "size": case.size,
-        "layer": case.layer,
-        "small": case.small,
-        "batch": case.batch,
-        "dtype": case.dtype_name,
-        "backend": "triton",
-        "device": torch.device(device).type,
-        "us": None,
-    }
 
 
 def _tile(variant: Tile | str) -> Row:

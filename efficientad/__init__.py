@@ -12,6 +12,7 @@ _EXPORTS = {
     "CheckpointError": "safe_pickle",
     "EfficientAD": "detector",
     "FastPredictor": "predictor",
+    "Fp8Error": "fp8",
     "UncalibratedError": "detector",
     "accelerate": "adapters",
     "calibrate": "calibration",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from efficientad.detector import AnomalyOutput, EfficientAD, UncalibratedError
     from efficientad.evaluation import evaluate
     from efficientad.exporting import export
+    from efficientad.fp8 import Fp8Error
     from efficientad.prediction import Prediction, predict
     from efficientad.predictor import FastPredictor
     from efficientad.training import fit

@@ -171,6 +171,8 @@ class TorchBackend:
     def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.network = FoldedNetwork(detector, dtype, device)
+        if self.network.compiled:
+            self.name = f"{self.name}, compiled convolutions"
         wide = torch.promote_types(dtype, torch.float32)
         self._mean, self._std, self._affine = (
             value.flatten().to(device, wide, copy=True)

@@ -1,4 +1,4 @@
-"""Floor 4, imports devices, frames, ops and teachers: what is installed, what it would run on."""
+"""Floor 4, imports devices, frames, native_conv, ops, teachers: what is installed and would run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from efficientad import __version__
+from efficientad import __version__, native_conv
 from efficientad.devices import choose_dtype
 from efficientad.frames import native_info
 from efficientad.ops import choose_backend
@@ -30,7 +30,10 @@ def environment() -> dict[str, Any]:
         facts["device"] = f"cpu, {torch.get_num_threads()} threads"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = {"triton": "triton kernels", "torch": "folded torch network"}[choose_backend(device)]
-    facts["fast path"] = f"{chosen}, {str(choose_dtype('auto', device, 'auto')).split('.')[1]}"
+    dtype = choose_dtype("auto", device, "auto")
+    if device.type == "cpu" and dtype == torch.float32 and native_conv.available():
+        chosen += ", compiled convolutions"
+    facts["fast path"] = f"{chosen}, {str(dtype).removeprefix('torch.')}"
     try:
         facts["default teacher"] = default_teacher_facts()["license"]
     except FileNotFoundError:

@@ -54,6 +54,11 @@ class FoldedNetwork(nn.Module):
         tensors = {name: value.cpu() for name, value in tensors.items()}
         return NativeNetwork(tensors, self.size, self.padding)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled convolutions compute it."""
+        return self._native is not None
+
     @torch.no_grad()
     def reload(self, detector: EfficientAD) -> None:
         """Take over the weights of another detector of the same size, in place.

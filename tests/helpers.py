@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "detector",
     "frames",
     "images",
+    "interpreted",
     "interpreted_in_few_programs",
 ]
 
@@ -44,20 +46,27 @@ def compose(
     return operations.anomaly_map(*maps, weights.affine, size, padding=plan.map_padding)
 
 
-def interpreted_in_few_programs() -> types.SimpleNamespace:
-    """The kernels with tiles of thousands of pixels: twenty times faster to interpret."""
+# Channels, bytes of K, warps and stages of tiles for the interpreter; pixels as needed.
+_TILES = {
+    "first_conv_relu_pool": (256, 128, 8, 1),
+    "conv_relu": (256, 256, 8, 3),
+    "conv_relu_pool": (256, 256, 8, 3),
+    "pair_distance": (128, 256, 8, 3),
+    "strided_conv_relu": (64, 256, 4, 1),
+    "resize_conv_relu": (64, 128, 4, 1),
+}
+
+
+def interpreted(pixels: Mapping[str, int]) -> types.SimpleNamespace:
+    """The kernels; those in `pixels` with so many pixels to a program."""
     from efficientad.kernels.grouped import Tile
 
-    tiles = {
-        "first_conv_relu_pool": Tile(4096, 256, 128, warps=8, stages=1),
-        "conv_relu": Tile(4096, 256, 256, warps=8, stages=3),
-        "conv_relu_pool": Tile(4096, 256, 256, warps=8, stages=3),
-        "pair_distance": Tile(4096, 128, 256, warps=8, stages=3),
-        "strided_conv_relu": Tile(4096, 64, 256, warps=4, stages=1),
-        "resize_conv_relu": Tile(4096, 64, 128, warps=4, stages=1),
-    }
-    calls = {}
-    for name in operators.KERNEL_FILES:
-        tile = {"tile": tiles[name]} if name in tiles else {}
-        calls[name] = partial(operators.kernel(name), **tile)
+    calls = {name: operators.kernel(name) for name in operators.KERNEL_FILES}
+    for name, count in pixels.items():
+        calls[name] = partial(calls[name], tile=Tile(count, *_TILES[name]))
     return types.SimpleNamespace(**calls)
+
+
+def interpreted_in_few_programs() -> types.SimpleNamespace:
+    """The kernels with tiles of thousands of pixels: twenty times faster to interpret."""
+    return interpreted(dict.fromkeys(_TILES, 4096))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import types
-from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from efficientad import operators, reference
+from efficientad import reference
 
 
 def e4m3(x: Tensor) -> Tensor:
@@ -48,16 +48,13 @@ def _listed(values) -> list[Tensor]:
 
 def interpreted_small() -> types.SimpleNamespace:
     """The PDN kernels with a few hundred pixels a program, for images of a few hundred cells."""
-    from efficientad.kernels.grouped import Tile
-
-    tiles = {
-        "first_conv_relu_pool": Tile(512, 256, 128, warps=8, stages=1),
-        "conv_relu": Tile(512, 256, 256, warps=8, stages=3),
-        "conv_relu_pool": Tile(512, 256, 256, warps=8, stages=3),
-        "pair_distance": Tile(256, 128, 256, warps=8, stages=3),
+    pixels = {
+        "first_conv_relu_pool": 512,
+        "conv_relu": 512,
+        "conv_relu_pool": 512,
+        "pair_distance": 256,
     }
-    calls = {name: partial(operators.kernel(name), tile=tile) for name, tile in tiles.items()}
-    return types.SimpleNamespace(**calls)
+    return helpers.interpreted(pixels)
 
 
 def interpret_fp8_exactly(patch: pytest.MonkeyPatch) -> None:

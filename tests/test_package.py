@@ -38,6 +38,7 @@ def test_public_names():
         "CheckpointError",
         "EfficientAD",
         "FastPredictor",
+        "Fp8Error",
         "Prediction",
         "UncalibratedError",
         "__version__",

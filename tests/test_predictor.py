@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import efficientad as ead
-from efficientad import backends
+from efficientad import backends, native_conv
 from efficientad.devices import choose_device, choose_dtype
 from efficientad.frame_inputs import read_frame
 from efficientad.images import ImageError, resize_image, to_tensor
@@ -291,7 +291,8 @@ def test_bad_construction(model):
 def test_the_facts_say_what_runs(predictor):
     facts = predictor.facts
     assert facts["device"] == "cpu"
-    assert facts["backend"] == "folded torch network"
+    compiled = ", compiled convolutions" if native_conv.available() else ""
+    assert facts["backend"] == f"folded torch network{compiled}"
     assert facts["reason"] is None
     assert facts["construction_seconds"] >= 0
 
