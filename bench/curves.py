@@ -33,12 +33,18 @@ def _axes(panels: int) -> tuple[Any, list[Any]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 3.9), dpi=110)
+    figure, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 4.5), dpi=110)
     axes = list(axes) if panels > 1 else [axes]
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.set_xlabel("training step")
     return figure, axes
+
+
+def _legend(axis: Any) -> None:
+    """Below the axes, where it hides no curve."""
+    options = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "frameon": False}
+    axis.legend(fontsize=8, ncol=2, **options)
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -56,13 +62,15 @@ def draw_training(found: dict[str, Any], path: Path) -> None:
     measured = [row for row in rows if "metrics" in row]
     figure, axes = _axes(3 if measured else 1)
     steps = [row["step"] for row in rows]
-    for term, label in TERMS.items():
+    mean = found["about"]["training"]["hard_quantile"] == 0
+    labels = TERMS | ({"hard": "mean feature loss"} if mean else {})
+    for term, label in labels.items():
         values = [row[term] for row in rows]
         if any(values):
             axes[0].plot(steps, values, label=label)
     axes[0].set_yscale("log")
     axes[0].set_ylabel("loss, mean since the entry before")
-    axes[0].legend(fontsize=8)
+    _legend(axes[0])
     axes[0].set_title(f"{found['about']['data']}: losses")
     if measured:
         steps = [row["step"] for row in measured]
@@ -73,14 +81,14 @@ def draw_training(found: dict[str, Any], path: Path) -> None:
         axes[1].set_yscale("log")
         axes[1].set_ylabel("distance")
         axes[1].set_title("map quantiles (dotted: a finished run)")
-        axes[1].legend(fontsize=8)
+        _legend(axes[1])
         for figure_name in ("image AU-ROC", "pixel AU-ROC"):
             values = [row["metrics"][figure_name] for row in measured]
             axes[2].plot(steps, values, marker="o", label=figure_name)
         axes[2].set_ylim(top=1.005)
         axes[2].set_ylabel(f"AU-ROC, {measured[0]['metrics']['images']} test images")
         axes[2].set_title("detection")
-        axes[2].legend(fontsize=8)
+        _legend(axes[2])
     _save(figure, path)
 
 
@@ -96,7 +104,7 @@ def draw_distillation(found: dict[str, Any], path: Path) -> None:
         axis.plot(steps, [row[key] for row in found["curve"]], marker="o", label=label)
     axis.set_ylabel("mean squared error (normalised features)")
     axis.set_title("distillation of the default teacher")
-    axis.legend(fontsize=8)
+    _legend(axis)
     _save(figure, path)
 
 
