@@ -222,7 +222,7 @@ def _photograph(scene: _Scene, size: tuple[int, int]) -> tuple[Image.Image, Imag
 def write_dataset(
     root: str | Path,
     *,
-    train: int = 60,
+    train: int = 150,
     good: int = 12,
     per_defect: int = 6,
     size: tuple[int, int] = (CANVAS, CANVAS),
