@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #include "host.h"
@@ -21,7 +22,12 @@ namespace {
 class Pool {
  public:
   explicit Pool(int size) {
-    for (int i = 1; i < size; ++i) workers_.emplace_back([this] { serve(); });  // one is the caller
+    workers_.reserve(size);
+    try {
+      for (int i = 1; i < size; ++i) workers_.emplace_back([this] { serve(); });  // one is the caller
+    } catch (const std::system_error&) {
+      // The process may have no more threads: those that started, or the caller alone, do the work.
+    }
   }
 
   ~Pool() {

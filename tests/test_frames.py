@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,6 +284,29 @@ def test_python_threads_at_once_and_any_number_of_workers():
         assert frames.native_info()["threads"] == 3
     finally:
         frames.set_threads(0)
+
+
+NO_THREADS = """
+import resource
+import numpy as np
+from efficientad import frames
+frame = np.arange(700 * 900 * 3, dtype=np.uint32).astype(np.uint8).reshape(700, 900, 3)
+frames.set_threads(1)
+options = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+want = frames.resize_pack(frame, (256, 256), **options)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, used + 2**22))  # a stack has 8 MB
+frames.set_threads(8)
+assert (frames.resize_pack(frame, (256, 256), **options) == want).all()
+print("fine")
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_works_where_no_thread_can_be_started():
+    done = subprocess.run([sys.executable, "-c", NO_THREADS], capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr
 
 
 def _in_child(frame, queue) -> None:
