@@ -112,8 +112,12 @@ def _check_group(x, weight, bias, scale, padding: int, backend: str | None) -> s
     check_tensor("x[0]", first, (None,) * 4, dtypes=_dtypes(chosen, fp8=True))
     _check_scale("x", first, scale)
     for i, x_i in enumerate(x):
-        shape = (*first.shape[:3], None)
-        check_tensor(f"x[{i}]", x_i, shape, dtypes=(first.dtype,), device=first.device)
+        check_tensor(f"x[{i}]", x_i, first.shape, dtypes=(first.dtype,), device=first.device)
+        if weight[i].shape[1:] != weight[0].shape[1:]:
+            raise ValueError(
+                f"weight[{i}] has shape {tuple(weight[i].shape)}; its kernel and input channels "
+                f"must be those of weight[0], {tuple(weight[0].shape[1:])}"
+            )
         _check_conv(f"[{i}]", x_i, weight[i], bias[i], (1, 3, 4))
         _check_room(f"x[{i}]", x_i, weight[i].shape[1], padding)
         if scale is not None:

@@ -6,7 +6,7 @@ stored and rounds once, to the dtype of the result, when it returns; maps stay i
 
 Operations that the fast path runs for teacher and student in one launch take one entry per network:
 `x`, `weight`, `bias` and `scale` are sequences, and so is the result. Networks may differ in
-channel counts.
+output channels.
 
 float8_e4m3fn inputs come with `scale`, a factor per output channel on the accumulated products
 (weight scale times activation scale). The scale of an fp8 result is folded into `scale` and `bias`,

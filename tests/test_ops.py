@@ -186,6 +186,8 @@ def change(name: str, position, value, **options):
         ("conv_relu", 0, lambda x: x[:1], {}, "entries per argument are x 1, weight 2"),
         ("conv_relu", (0, 1), lambda t: t[:1], {}, r"x\[1\] has shape \(1, 9, 10, 32\)"),
         ("conv_relu", (0, 1), lambda t: t.float(), {}, r"x\[1\] has dtype torch.float32"),
+        ("conv_relu", (0, 1), lambda t: t[..., :16].clone(), {}, r"x\[1\] has shape .*, 16\);"),
+        ("conv_relu", (1, 1), lambda t: t[:, :1, :1].clone(), {}, r"weight\[1\] .* weight\[0\]"),
         ("conv_relu", (0, 0), lambda t: t.transpose(1, 2), {}, r"x\[0\] has strides .*contiguous"),
         ("conv_relu", (1, 0), lambda t: t.float(), {}, r"weight\[0\] has dtype torch.float32"),
         ("conv_relu", (1, 0), lambda t: t[:, :2, :2], {}, "contiguous"),
@@ -222,8 +224,8 @@ def test_a_tensor_on_another_device_is_named():
         ops.conv_relu(*arguments, **options)
 
 
-def test_the_kernels_refuse_float32():
-    arguments, options = cases(dtype=torch.float32)["strided_conv_relu"]
+def test_the_kernels_refuse_float32(device):
+    arguments, options = cases(device, torch.float32)["strided_conv_relu"]
     with pytest.raises(ValueError, match=r"has dtype torch.float32; it must be float16 or"):
         ops.strided_conv_relu(*arguments, **options, backend="triton")
 
