@@ -8,7 +8,6 @@ they hold.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,9 +21,7 @@ from efficientad.folded_network import FoldedNetwork
 from efficientad.folding import FoldedWeights, fold
 from efficientad.folding_fp8 import fold_fp8
 from efficientad.forward import Plan, Workspace, autoencoder, distance_maps, forward, trunk
-from efficientad.native_file import golden_image
 from efficientad.operators import kernel
-from efficientad.ops import choose_backend
 
 # Largest and RMS difference of maps from float32's, as parts of max(0.1, largest |map|).
 BOUNDS = {
@@ -73,7 +70,7 @@ class KernelBackend:
         self.border = self.plan.border
         self._kernels = Kernels()
         self._workspace = Workspace()
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def _fold(self, detector: EfficientAD) -> FoldedWeights:
         return fold(detector, self.dtype, self.device)
@@ -152,7 +149,7 @@ class Fp8Backend(KernelBackend):
         packed = reference.pack(
             image, weights.image_mean, weights.image_std, dtype=self.dtype, **options
         )
-        with full_float32():
+        with full_float32(), torch.autocast(self.device.type, enabled=False):
             maps = forward(self.plan, weights, packed, reference)
         size = self.plan.image_size
         return reference.anomaly_map(*maps, weights.affine, size, padding=self.plan.map_padding)
@@ -196,7 +193,7 @@ class TorchBackend:
     @torch.no_grad()
     def distance_maps(self, packed: Tensor) -> Maps:
         """Packed images -> distance maps (N, h, w)."""
-        with full_float32():
+        with full_float32(), torch.autocast(self.device.type, enabled=False):
             return self.network(packed.permute(0, 3, 1, 2))
 
     @torch.no_grad()
@@ -213,82 +210,3 @@ class TorchBackend:
 
 
 Backend = KernelBackend | TorchBackend
-
-
-def build_backend(
-    detector: EfficientAD, dtype: torch.dtype, device: torch.device, kind: str, images: int
-) -> tuple[Backend, str | None]:
-    """The backend to predict with, and why it is not the kernels where it might have been.
-
-    Args:
-        kind: "triton", "torch" or "auto": the kernels on CUDA devices from sm_80 on in half
-            precision, if they compile and pass the numerical self-check, else torch.
-        images: the largest batch.
-    """
-    if kind not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend is {kind!r}; it must be 'auto', 'triton' or 'torch'")
-    if kind == "torch" or (kind == "auto" and choose_backend(device) == "torch"):
-        reason = None
-        if device.type == "cuda" and kind == "auto":
-            reason = "the device is older than sm_80, or EFFICIENTAD_BACKEND says torch"
-        return TorchBackend(detector, dtype, device), reason
-    if dtype == torch.float32:
-        if kind == "triton":
-            raise ValueError("backend is 'triton' and dtype is float32; use float16 or bfloat16")
-        return TorchBackend(detector, dtype, device), None
-    try:
-        backend = KernelBackend(detector, dtype, device)
-        problem = self_check(backend, detector, images)
-    except Exception as error:  # whatever Triton or the driver raises, the line must go on
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    if problem is None:
-        return backend, None
-    if kind == "triton":
-        raise ValueError(f"backend is 'triton' and the kernels cannot be used: {problem}")
-    warnings.warn(
-        f"the Triton kernels are not used on {device}: {problem}. The predictor runs the folded "
-        "torch network in its place: same results, slower",
-        stacklevel=3,
-    )
-    return TorchBackend(detector, dtype, device), problem
-
-
-@torch.no_grad()
-def self_check(backend: Backend, detector: EfficientAD, images: int) -> str | None:
-    """Compare the backend's maps with the float32 network's on a built-in image.
-
-    Those of an `Fp8Backend` are compared with its definition: this looks for broken kernels, and
-    what fp8 itself costs is judged on calibration images (`efficientad.fp8`). The first run of the
-    backend, so it has the largest batch.
-
-    Returns:
-        None if they agree within BOUNDS, else what is wrong.
-    """
-    device, size = backend.device, detector.image_size
-    image = torch.nn.functional.interpolate(golden_image(), size=size, mode="bilinear")
-    image = image.float().to(device).expand(images, -1, -1, -1).contiguous()
-    shape = (images, size[0] + 2 * backend.border, size[1] + 2 * backend.border, backend.channels)
-    packed = torch.empty(shape, dtype=backend.dtype, device=device)
-    backend.pack(image, packed, channels_last=False)
-    maps = backend.distance_maps(packed)
-    found, score = backend.anomaly_map(maps, size, detector.map_padding, None)
-    if isinstance(backend, Fp8Backend):
-        expected, best = backend.definition(image[:1])
-        largest, rms = BOUNDS[FP8]
-    else:
-        exact = TorchBackend(detector, torch.float32, device)
-        plain = torch.empty((1, *size, 3), device=device)
-        exact.pack(image[:1], plain, channels_last=False)
-        maps = exact.distance_maps(plain)
-        expected, best = exact.anomaly_map(maps, size, detector.map_padding, None)
-        largest, rms = BOUNDS[backend.dtype]
-    scale = max(0.1, float(expected.abs().max()))
-    difference = (found.float() - expected).div_(scale)
-    worst = max(float(difference.abs().max()), float((score - best).abs().max()) / scale)
-    root = float(difference.square().mean().sqrt())
-    if worst <= largest and root <= rms:  # false for NaN
-        return None
-    return (
-        f"self-check failed: difference {worst:.2g} (bound {largest:g}), RMS {root:.2g} (bound "
-        f"{rms:g}) of the map's scale"
-    )

@@ -1,4 +1,4 @@
-"""Floor 3, imports backends, calibration, folding_fp8: float8_e4m3fn that proves itself or stops.
+"""Floor 3, imports self_check, calibration, folding_fp8: float8_e4m3fn that proves itself or stops.
 
 fp8 rounds activations and filters to three bits of mantissa, and an anomaly map is a small
 difference of large numbers: whether its scores still mean something depends on the detector. So fp8
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from efficientad import reference
-from efficientad.backends import Fp8Backend, self_check
+from efficientad.backends import Fp8Backend
 from efficientad.calibration import (
     FALSE_POSITIVE_RATE,
     MapFile,
@@ -34,6 +34,7 @@ from efficientad.folding import fold
 from efficientad.folding_fp8 import last_fp8_layer
 from efficientad.forward import Plan, forward
 from efficientad.images import Batch, load_batches
+from efficientad.self_check import self_check
 
 FEWEST_IMAGES = 16  # 120 pairs
 # A score of 0.1 is the maps' upper quantile, and those of good images lie some hundredths apart.
@@ -82,7 +83,11 @@ class Fp8Check:
 
 
 def build_fp8(
-    detector: EfficientAD, calibration: object, layers: str, device: torch.device, images: int
+    detector: EfficientAD,
+    calibration: object,
+    layers: str,
+    device: torch.device,
+    buckets: Sequence[int],
 ) -> tuple[Fp8Backend, EfficientAD, dict[str, object]]:
     """The kernels with layers in fp8, calibrated and compared with float32.
 
@@ -91,7 +96,7 @@ def build_fp8(
         calibration: good images as `calibrate` takes them, at least FEWEST_IMAGES; of a data set
             its validation images serve.
         layers: see `folding_fp8.last_fp8_layer`.
-        images: the largest batch.
+        buckets: the batch sizes.
 
     Returns:
         The backend; the detector with the quantiles of fp8 maps and, if it had a threshold, with
@@ -106,7 +111,7 @@ def build_fp8(
     paths = _good_images(calibration)
 
     def batches() -> Iterator[Batch]:
-        return load_batches(paths, detector.image_size, batch_size=min(_BATCH, images))
+        return load_batches(paths, detector.image_size, batch_size=min(_BATCH, max(buckets)))
 
     with ExitStack() as stack:
         maps, fp8_maps = (
@@ -114,7 +119,7 @@ def build_fp8(
         )
         largest, source_sizes = _float32_maps(detector, batches(), device, maps)
         backend = Fp8Backend(detector, largest, layers, device)
-        _check_kernels(backend, detector, images)
+        _check_kernels(backend, detector, buckets)
         for batch in batches():
             fp8_maps.add(*_fp8_maps(backend, batch.images.to(device)))
         exact, scores = _recalibrated(detector, maps, source_sizes)
@@ -183,19 +188,19 @@ def _float32_maps(
     for batch in batches:
         image = batch.images.to(device)
         packed = reference.pack(image, weights.image_mean, weights.image_std, **options)
-        with full_float32():
+        with full_float32(), torch.autocast(device.type, enabled=False):
             found = forward(plan, weights, packed, reference, run)
         maps.add(*(m.sum(0) for m in found))
         source_sizes += batch.source_sizes
     return largest, source_sizes
 
 
-def _check_kernels(backend: Fp8Backend, detector: EfficientAD, images: int) -> None:
+def _check_kernels(backend: Fp8Backend, detector: EfficientAD, buckets: Sequence[int]) -> None:
     """Fp8Error if the kernels do not run or do not give what `reference` does: no other dtype takes
     over, because fp8 was asked for."""
     cause = None
     try:
-        problem = self_check(backend, detector, images)
+        problem = self_check(backend, detector, buckets)
     except Exception as error:  # whatever Triton or the driver raises
         problem, cause = f"{type(error).__name__}: {error}".splitlines()[0], error
     if problem is not None:

@@ -17,6 +17,7 @@ from efficientad.devices import FP8, choose_dtype
 from efficientad.folding_fp8 import LAYERS
 from efficientad.fp8 import Fp8Check, Fp8Error, changed_order
 from efficientad.predictor import FastPredictor
+from efficientad.self_check import self_check
 
 CPU = torch.device("cpu")
 
@@ -232,10 +233,10 @@ def test_kernels_that_are_broken_are_named_and_nothing_takes_their_place(model, 
     with pytest.raises(
         Fp8Error, match=r"kernels cannot be used in float8_e4m3fn on cpu: self-check"
     ):
-        fp8._check_kernels(broken, model, 1)
+        fp8._check_kernels(broken, model, (1,))
     broken._kernels = None
     with pytest.raises(Fp8Error, match=r"on cpu: AttributeError: .*Use dtype='float16'"):
-        fp8._check_kernels(broken, model, 1)
+        fp8._check_kernels(broken, model, (1,))
 
 
 def test_bad_arguments(model, good, monkeypatch):
@@ -285,4 +286,4 @@ def test_interpreted_kernels_give_their_definition(layers, model, monkeypatch):
     monkeypatch.setattr(backends, "Kernels", helpers.interpreted_in_few_programs)
     largest = [torch.full((2,), 4.0), torch.full((2,), 2.0), torch.ones(2)]
     backend = backends.Fp8Backend(model, largest, layers, CPU)
-    assert backends.self_check(backend, model, 1) is None
+    assert self_check(backend, model, (1,)) is None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from efficientad import EfficientAD, Prediction, backends
+from efficientad import EfficientAD, Prediction, backends, self_check
 from efficientad.backends import BOUNDS
 from efficientad.calibration import calibrate
 from efficientad.data import open_dataset
@@ -99,7 +99,7 @@ def test_the_kernels_through_the_predictor(size, padding, device, monkeypatch):
     """Twice, so that the second run writes to the buffers that the first one allocated."""
     if device == "cpu":
         monkeypatch.setattr(backends, "Kernels", helpers.interpreted_in_few_programs)
-        monkeypatch.setattr(backends, "self_check", lambda *arguments: None)
+        monkeypatch.setattr(self_check, "self_check", lambda *arguments: None)
     model = helpers.detector(size, padding=padding)
     frames = helpers.frames(2, seed=22)
     predictor = FastPredictor(
