@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad.benchmark_rows import Run
+from efficientad.cuda_graphs import captured
 from efficientad.detector import EfficientAD
 from efficientad.devices import cpu_multiplies_bfloat16
 from efficientad.networks import PDN, PDN_LAYERS, TEACHER_CHANNELS, Autoencoder, decoder_sizes
@@ -190,7 +191,7 @@ def cuda_graph(detector: EfficientAD, place: Place) -> Peer:
                 module(static)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with captured(graph, stream):
             score, maps = module(static)
     finally:
         torch.backends.cudnn.benchmark = before

@@ -104,6 +104,7 @@ def soak(frames: int, network: str, device: str, workers: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as name:
         good = good_sources(Path(name))
         bad = damaged_sources(good, Path(name))
+        bound = backends.BOUNDS[predictor.dtype][0]  # alone it may be in another bucket
         alone = [float(predictor(source).score) for source in good]
         choice = np.random.Generator(np.random.Philox(1)).random(frames)
         which = np.random.Generator(np.random.Philox(2)).integers(0, 2**31, frames)
@@ -125,7 +126,7 @@ def soak(frames: int, network: str, device: str, workers: int) -> dict[str, Any]
             if prediction.index != index and len(problems) < 9:
                 problems.append(f"frame {index} expected, {prediction.index} answered")
             score = prediction.cpu().score
-            if abs(score - alone[which[prediction.index] % len(good)]) > 1e-4 * max(1, abs(score)):
+            if abs(score - alone[which[prediction.index] % len(good)]) > bound * max(1, abs(score)):
                 problems.append(f"frame {prediction.index} has score {score}, alone another")
             answered += 1
             if answered == frames // 10:

@@ -1,4 +1,4 @@
-"""Imports torch only: how long a callable takes on its device, as a median with its spread.
+"""Imports cuda_graphs: how long a callable takes on its device, as a median with its spread.
 
 Several callables are timed in turn, one sample each per round, so that whatever else the machine
 does meets all of them; their ratio is worth more than their times.
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from efficientad.cuda_graphs import captured
 
 SAMPLE_US = 500.0  # of device work in a sample: event times have steps of about half a microsecond
 CPU_SAMPLE_US = 1000.0
@@ -128,8 +130,7 @@ class GraphSampler(EventSampler):
 
 def _captured(function: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    # Other threads (compilers, allocators of pinned memory) may use the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with captured(graph, torch.cuda.Stream()):
         for _ in range(calls):
             function()
     return graph

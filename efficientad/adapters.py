@@ -124,7 +124,7 @@ class _FastForward:
         server = self._servers.get(size)
         if server is None or server.source != tensors[0].device:
             server = Server(lambda: _anomalib_detector(self._model, size), tensors, self._options)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
                 own = self._own(batch[:1])
             found = self._learn(own, server.detect(batch[:1]), size)
             server.refuse_unless_equal(found, type(self._model).__name__)
@@ -260,7 +260,8 @@ def _nelson_server(image, networks, statistics, options) -> Server:
             return server
     server = Server(build, tensors, options)
     found = server.detect(image[:1])
-    own = _nelson_maps(image[:1], networks, statistics)
+    with torch.autocast(image.device.type, enabled=False):
+        own = _nelson_maps(image[:1], networks, statistics)
     pairs = [(found.map_st[:, None], own[0]), (found.map_ae[:, None], own[1])]
     server.refuse_unless_equal(pairs, "the student")
     _nelson[networks[1]] = server

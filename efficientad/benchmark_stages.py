@@ -32,6 +32,7 @@ from efficientad import frames as frame_path
 from efficientad.benchmark import CAMERA, DECODES, defaults, encoded, facts
 from efficientad.benchmark_rows import Row, row
 from efficientad.call_times import in_turn, summary
+from efficientad.cuda_graphs import captured
 from efficientad.frame_inputs import read_frame
 from efficientad.predictor import FastPredictor
 from efficientad.random_model import frames as random_frames
@@ -161,7 +162,7 @@ def _graph(function: Callable[[], object], stream: torch.cuda.Stream) -> Callabl
         function()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with captured(graph, stream):
         _repeat(function)
     return graph.replay
 

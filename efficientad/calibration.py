@@ -20,6 +20,7 @@ from torch import Tensor
 
 from efficientad.data import DataSet, Sample, open_dataset, split_validation
 from efficientad.detector import QUANTILE_LEVELS, EfficientAD
+from efficientad.devices import full_float32
 from efficientad.images import Batch, ImageError, find_images, load_batches
 from efficientad.networks import TEACHER_CHANNELS
 from efficientad.quantiles import streaming_quantiles
@@ -189,7 +190,7 @@ def calibrate(
     detector.eval()
     maps = MapFile(*detector.feature_size())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             if statistics:
                 collected = ChannelStatistics()
                 for batch in batches(train, "channel statistics"):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import torch
 
@@ -108,16 +111,49 @@ def choose_buckets(batch_sizes: Sequence[int] | None, device: torch.device) -> t
     return sizes
 
 
+def unsafe_compiler(device: torch.device) -> str | None:
+    """Why the installed Triton must not compile the kernels for this device, or None.
+
+    Before 3.7.1 it leaves out a barrier of sm_100's matrix unit: results are wrong now and then
+    (pytorch issue 181248, triton issue 9871).
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 10:
+        return None
+    installed = version("triton")
+    numbers = tuple(int(n) for n in re.findall(r"\d+", installed)[:3])
+    if numbers >= (3, 7, 1):
+        return None
+    return f"Triton {installed} compiles wrong code for sm_100; install 3.7.1 or newer"
+
+
+class _Precision:
+    """What torch's process-wide setting was before the first of those who changed it."""
+
+    lock = threading.Lock()
+    users = 0
+    before = ""
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """float32 convolutions on CUDA with all their digits: cuDNN rounds operands to TF32 (10 bits of
-    mantissa) by default, which is further from float32 than the bounds of this package allow."""
-    cudnn = torch.backends.cudnn
-    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    mantissa) by default, which is further from float32 than the bounds of this package allow.
+
+    The setting is the process's. It is put back when the last thread leaves.
+    """
+    conv = torch.backends.cudnn.conv
+    with _Precision.lock:
+        if not _Precision.users:
+            _Precision.before = conv.fp32_precision
+            conv.fp32_precision = "ieee"
+        _Precision.users += 1
     try:
         yield
     finally:
-        cudnn.allow_tf32 = before
+        with _Precision.lock:
+            _Precision.users -= 1
+            if not _Precision.users:
+                conv.fp32_precision = _Precision.before
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -6,7 +6,7 @@ cell reads are kept here, on the host and on each CUDA device.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,32 @@ def use_native(backend: str | None, device: torch.device) -> bool:
         missing = f"efficientad._native is not there ({_reason}); {FIX}"
     elif device.type not in ("cpu", "cuda"):
         missing = f"the data is on {device}; efficientad._native runs on cpu and cuda"
-    elif device.type == "cuda" and not _native.cuda_architectures:
-        missing = f"the data is on {device}; efficientad._native has no CUDA, {FIX} and nvcc"
+    elif device.type == "cuda":
+        missing = _cuda_problem(device)
     if backend == "native" and missing:
         raise ValueError(f"backend is 'native', but {missing}")
     return backend != "torch" and not missing
+
+
+@cache
+def _cuda_problem(device: torch.device) -> str:
+    """Why the compiled path does not run on a CUDA device, or "". Found out once, by a launch."""
+    compiled = native_info()["cuda"]
+    if not compiled:
+        return f"the data is on {device}; efficientad._native has no CUDA, {FIX} and nvcc"
+    major, minor = torch.cuda.get_device_capability(device)
+    same = any(n // 10 == major and n % 10 <= minor for n in compiled)
+    if not same and 10 * major + minor < compiled[-1]:  # the last one's PTX serves later devices
+        names = ", ".join(f"sm_{n}" for n in compiled)
+        return f"{device} is sm_{major}{minor}; efficientad._native is compiled for {names}"
+    (rows, _table), cell = taps(1, 2, False, device), torch.zeros(1, 1, device=device)
+    out = torch.empty(2, 2, device=device)
+    arguments = (cell.data_ptr(), 1, 1, 1, 0, 0.0, rows, rows, out.data_ptr())
+    try:
+        _native.upsample(*arguments, *place(device))
+    except RuntimeError as error:  # a driver older than the toolkit that compiled it
+        return f"efficientad._native does not run on {device}: {error}"
+    return ""
 
 
 @lru_cache(maxsize=64)
@@ -106,6 +127,9 @@ def taps(source: int, target: int, antialias: bool, device: torch.device) -> tup
         table = _host_table(source, target, antialias)
     else:
         table = keep(_device_table(source, target, antialias, device), device)
+        if not torch.cuda.is_current_stream_capturing():
+            for part in table:  # another stream may have made them, and may drop them meanwhile
+                part.record_stream(torch.cuda.current_stream(device))
     spans, weights = table
     # The tensors go along, so that another thread's new sizes cannot free them under the work.
     return (spans.data_ptr(), weights.data_ptr(), weights.shape[1], target), table

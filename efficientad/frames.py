@@ -174,7 +174,9 @@ def _resize_pack_torch(frame, size, mean, std, border, channels, dtype) -> Tenso
     x = x.permute(2, 0, 1)[None] if x.dim() == 3 else x.expand(1, 3, *x.shape)
     if tuple(x.shape[2:]) != size:
         x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-    x = (x[0].permute(1, 2, 0) / 255 - x.new_tensor(mean)) / x.new_tensor(std)
+    # Filled on the device: a copy from the host would wait for it.
+    mean, std = (torch.stack([x.new_full((), v) for v in three]) for three in (mean, std))
+    x = (x[0].permute(1, 2, 0) / 255 - mean) / std
     return F.pad(x, (0, channels - 3, border, border, border, border)).to(dtype)
 
 

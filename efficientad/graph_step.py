@@ -1,4 +1,4 @@
-"""Floor 3, imports training_step: a whole training step as one CUDA graph. NOT YET RUN ON A GPU.
+"""Floor 3, imports training_step, cuda_graphs: a training step as one CUDA graph. NOT YET RUN.
 
 Losses, backward pass and optimiser are captured once and replayed: fixed shapes, inputs copied into
 fixed buffers, the learning rate in a tensor. Dropout draws from the device's default generator,
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from efficientad.cuda_graphs import captured
 from efficientad.training_step import StepInputs
 
 _WARM_UP = 3  # eager steps before the capture: libraries choose and load their kernels
@@ -42,15 +43,17 @@ class GraphStep:
             for p in parameters
             if p in optimizer.state
         }
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        device = example.image.device
+        stream = torch.cuda.Stream(device)
+        caller = torch.cuda.current_stream(device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):  # and its device, whichever is current
             for _ in range(_WARM_UP):
                 eager(self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with captured(self._graph, stream):
             self._losses = eager(self._inputs)
+        caller.wait_stream(stream)
         with torch.no_grad():
             for parameter, value in zip(parameters, weights, strict=True):
                 parameter.copy_(value)
@@ -63,5 +66,6 @@ class GraphStep:
         for buffer, value in zip(self._inputs, inputs, strict=True):
             if buffer is not None:
                 buffer.copy_(value, non_blocking=True)
-        self._graph.replay()
+        with torch.cuda.device(self._losses.device):
+            self._graph.replay()
         return self._losses

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from efficientad.detector import EfficientAD
+from efficientad.devices import full_float32
 from efficientad.images import ImageError, load_batches
 
 OnError = Callable[[int, Any, ImageError], None]
@@ -181,7 +182,8 @@ def distance_maps(
     for batch in load_batches(
         sources, detector.image_size, batch_size=batch_size, workers=workers, on_error=on_error
     ):
-        st, ae = detector.distance_maps(batch.images.to(device))
+        with full_float32():
+            st, ae = detector.distance_maps(batch.images.to(device))
         for i, (index, size) in enumerate(zip(batch.indices, batch.source_sizes, strict=True)):
             yield RawMaps(index, size, st[i : i + 1], ae[i : i + 1])
 

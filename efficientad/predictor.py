@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from efficientad import frames as frame_path
-from efficientad.backends import build_backend
 from efficientad.checks import check_map_size
 from efficientad.detector import AnomalyOutput, EfficientAD
 from efficientad.devices import FP8, choose_buckets, choose_device, choose_dtype
@@ -21,6 +20,7 @@ from efficientad.frame_inputs import Frame, as_batch, read_frames
 from efficientad.images import ImageError
 from efficientad.prediction import Prediction
 from efficientad.runners import EagerRunner, GraphRunner, Result
+from efficientad.self_check import build_backend
 from efficientad.staging import Staging
 
 MAP_SIZES = ("input", "source", "feature", None)
@@ -53,7 +53,8 @@ class FastPredictor:
         fp8_layers: the PDN layers in fp8: "second", "inner" (second to last but one) or "all".
 
     Calls from several threads are safe: a lock serialises the steps. For more throughput give each
-    thread an instance of its own.
+    thread an instance of its own. While one is constructed on a GPU, other threads may compute but
+    not call `torch.cuda.synchronize()`: CUDA does not allow that beside a graph's capture.
 
     After construction a step allocates nothing but its result, which never aliases the predictor's
     buffers. Nothing waits for the device but `Prediction.cpu()` and reading a value.
@@ -97,13 +98,14 @@ class FastPredictor:
         self._model = (detector.size, detector.padding)
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._wait_for_caller()
         with self._on_device(), torch.no_grad():
             largest, reason, fp8 = self.batch_sizes[-1], None, None
             if self.dtype == FP8:
-                arguments = (detector, calibration, fp8_layers, self.device, largest)
+                arguments = (detector, calibration, fp8_layers, self.device, self.batch_sizes)
                 self._backend, detector, fp8 = build_fp8(*arguments)
             else:
-                arguments = (detector, self.dtype, self.device, backend, largest)
+                arguments = (detector, self.dtype, self.device, backend, self.batch_sizes)
                 self._backend, reason = build_backend(*arguments)
             self.threshold = detector.threshold
             self._normalization = _normalization(detector)
@@ -113,6 +115,7 @@ class FastPredictor:
             else:
                 self._runner = GraphRunner(*arguments, self.batch_sizes, self._stream)
                 self._staging = Staging(self._runner.packed(largest), self._runner.frames(largest))
+                self._compile_map_sizes()
         self.facts = {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -154,6 +157,7 @@ class FastPredictor:
         self, frames: Sequence[Frame], *, map_size: str | None, batched: bool
     ) -> Prediction:
         """As `__call__`, of frames that `frame_inputs.read_frame` gave."""
+        frames = [f.to(self.device) if isinstance(f, Tensor) else f for f in frames]
         sizes = [tuple(frame.shape[:2]) for frame in frames]
         scores, maps = [], []
         with self._step(frames) as hand_over:
@@ -171,9 +175,7 @@ class FastPredictor:
         numbers = {"serial": serial, "not_numbers": self._not_numbers}
         if batched:
             index = range(len(frames))
-            return Prediction(
-                index, score, self.threshold, anomaly_map, sizes, list(frames), **numbers
-            )
+            return Prediction(index, score, self.threshold, anomaly_map, sizes, frames, **numbers)
         one_map = None if anomaly_map is None else anomaly_map[0]
         return Prediction(0, score[0], self.threshold, one_map, sizes[0], frames[0], **numbers)
 
@@ -260,10 +262,14 @@ class FastPredictor:
                 raise ValueError(
                     f"the detector has {name} {b} and the predictor {a}; build a new predictor"
                 )
-        with self._lock, self._on_device():
-            self._backend.reload(detector)
-            self._normalization = _normalization(detector)
-            self.threshold = detector.threshold
+        with self._lock:
+            self._wait_for_caller()
+            with self._on_device():
+                self._backend.reload(detector)
+                self._normalization = _normalization(detector)
+                self.threshold = detector.threshold
+                if self._stream is not None:  # the caller may free or change the detector now
+                    self._stream.synchronize()
 
     @property
     def counters(self) -> dict[str, int]:
@@ -291,6 +297,20 @@ class FastPredictor:
         stack.enter_context(torch.cuda.device(self.device))
         stack.enter_context(torch.cuda.stream(self._stream))
         return stack
+
+    def _wait_for_caller(self) -> None:
+        """What follows on the predictor's stream comes after what the caller has submitted."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def _compile_map_sizes(self) -> None:
+        """Make the maps of other sizes once, so that the first call for one compiles nothing."""
+        small, large = self.image_size, (1024, 1024)  # a kernel's two tiles
+        for bucket in {self.batch_sizes[0], self.batch_sizes[-1]}:
+            result = self._runner.run(bucket)
+            self._take(result, 1, [small], "feature")
+            self._take(result, 1, [large], "source")
+            self._take(result, 1, [small], "source")
 
     @contextlib.contextmanager
     def _step(self, inputs: Sequence[Any]) -> Iterator[Callable[..., None]]:
@@ -366,7 +386,7 @@ class FastPredictor:
         if map_size == "source" or self.score_size == "source":
             score = score.clone()
             for i, size in enumerate(sizes):
-                one = tuple(m[..., i : i + 1, :, :].contiguous() for m in result.maps)
+                one = tuple(_own_copy(m[..., i : i + 1, :, :]) for m in result.maps)
                 own, best = self._backend.anomaly_map(one, size, self.map_padding, None)
                 if map_size == "source":
                     maps.append(own.float())
@@ -382,6 +402,11 @@ class FastPredictor:
             where = torch.nonzero(score.isnan()).flatten()
             self._not_numbers.update((serial + where).tolist())
         return serial
+
+
+def _own_copy(part: Tensor) -> Tensor:
+    """Contiguous and aligned, where a view may be neither and would compile another kernel."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _joined(maps: list[Tensor]) -> Any:

@@ -1,8 +1,8 @@
-"""Floor 4, imports backends: packed images to results, eagerly or as one CUDA graph per bucket.
+"""Floor 4, imports backends, cuda_graphs: packed images to results, eagerly or in CUDA graphs.
 
-A runner owns the input buffers. It is filled with a batch, runs it and hands out the distance maps
-and the anomaly map with the scores; all of these are overwritten by the next run. The predictor
-serialises runs and copies what it returns.
+A runner owns the input buffers; on a GPU it has graphs for every bucket. It is filled with a batch,
+runs it and hands out the distance maps and the anomaly map with the scores; all of these are
+overwritten by the next run. The predictor serialises runs and copies what it returns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from efficientad.backends import Backend, Maps
+from efficientad.cuda_graphs import captured
 
 _SCORES_ALIGNED = 16  # floats; the map behind the scores starts on a 64-byte boundary
 
@@ -134,9 +135,7 @@ class GraphRunner(EagerRunner):
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # The pool is shared: the graphs never run at once, and what one leaves in its maps is read
-        # before another runs. thread_local: another thread's work must not break this capture.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        # before another runs.
+        with captured(graph, self._stream, self._pool):
             maps = self._step(result, from_frames)
         return graph, result._replace(maps=maps)

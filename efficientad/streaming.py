@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from efficientad.frame_inputs import Frame, read_frame
 from efficientad.images import ImageError
@@ -57,7 +60,8 @@ def stream(
 
 
 def _stream(predictor, sources, policy, map_size, workers, on_error) -> Iterator[Prediction]:
-    feed = _Feed(sources, policy, workers, 2 * workers + predictor.batch_sizes[-1])
+    depth = 2 * workers + predictor.batch_sizes[-1]
+    feed = _Feed(sources, policy, workers, depth, _reading_stream(predictor))
     try:
         for loaded in feed.batches(predictor.batch_sizes[-1]):
             good: list[tuple[int, Frame]] = []
@@ -88,10 +92,26 @@ def _stream(predictor, sources, policy, map_size, workers, on_error) -> Iterator
         feed.close()
 
 
+def _reading_stream(predictor: FastPredictor) -> contextlib.AbstractContextManager:
+    """The caller's CUDA stream for the thread that reads: frames that the iterator makes on the
+    device are then ordered before the steps, which wait for that stream."""
+    if predictor.device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.current_stream(predictor.device))
+
+
 class _Feed:
     """Reads an iterable in a thread and decodes in others; holds at most `depth` frames."""
 
-    def __init__(self, sources: Iterable[Any], policy: str, workers: int, depth: int) -> None:
+    def __init__(
+        self,
+        sources: Iterable[Any],
+        policy: str,
+        workers: int,
+        depth: int,
+        reading: contextlib.AbstractContextManager,
+    ) -> None:
+        self._reading = reading
         self._latest = policy == "latest"
         self._queue: queue.Queue = queue.Queue(1 if self._latest else depth)
         self._closed = threading.Event()
@@ -128,10 +148,11 @@ class _Feed:
     def _read(self, sources: Iterable[Any]) -> None:
         error = None
         try:
-            for index, source in enumerate(sources):
-                if self._closed.is_set():
-                    return
-                self._put((index, source, self._pool.submit(read_frame, source)))
+            with self._reading:
+                for index, source in enumerate(sources):
+                    if self._closed.is_set():
+                        return
+                    self._put((index, source, self._pool.submit(read_frame, source)))
         except BaseException as raised:  # it belongs to whoever reads the stream
             error = raised
         if not self._closed.is_set():

@@ -54,7 +54,9 @@ def write_pictures(folder: Path, count: int, seed: int = 0, size: tuple[int, int
     return folder
 
 
-def thin_trainer(folder: Path, steps: int, *, photos: bool = True, **options) -> Trainer:
+def thin_trainer(
+    folder: Path, steps: int, *, photos: bool = True, device: str = "cpu", **options
+) -> Trainer:
     """A trainer on the pictures of folder/good, and folder/photos."""
     settings = {
         name: options.pop(name)
@@ -67,7 +69,7 @@ def thin_trainer(folder: Path, steps: int, *, photos: bool = True, **options) ->
     source = PictureSource(
         images, set_of_photos, seed=settings.seed, batch_size=settings.batch_size
     )
-    return Trainer(thin_detector(), source, settings, **options)
+    return Trainer(thin_detector().to(device), source, settings, **options)
 
 
 def main(folder: str, steps: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import threading
 import warnings
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import efficientad as ead
-from efficientad import backends, native_conv
+from efficientad import backends, devices, native_conv, self_check
 from efficientad.devices import choose_device, choose_dtype
 from efficientad.frame_inputs import read_frame
 from efficientad.images import ImageError, resize_image, to_tensor
@@ -313,7 +314,7 @@ class _Wrong(Light):
 )
 def test_kernels_that_cannot_be_used_are_replaced(kernels, reason, model, monkeypatch):
     """As on a GPU where they do not compile or compute something else."""
-    monkeypatch.setattr(backends, "choose_backend", lambda device: "triton")
+    monkeypatch.setattr(self_check, "choose_backend", lambda device: "triton")
     monkeypatch.setattr(backends, "KernelBackend", kernels)
     monkeypatch.setattr(backends, "TorchBackend", Light)
     with pytest.warns(UserWarning, match=reason) as caught:
@@ -329,7 +330,75 @@ def test_kernels_that_cannot_be_used_are_replaced(kernels, reason, model, monkey
 def test_a_sound_backend_passes_the_self_check(model, monkeypatch):
     monkeypatch.setattr(backends, "TorchBackend", Light)
     backend = Light(model, torch.bfloat16, torch.device("cpu"))
-    assert backends.self_check(backend, model, 1) is None
+    assert self_check.self_check(backend, model, (1, 3)) is None
+
+
+class _WrongAtTwo(Light):
+    """Kernels of one batch size are broken."""
+
+    def distance_maps(self, packed):
+        st, ae = super().distance_maps(packed)
+        return (st * 1.5 if len(packed) == 2 else st), ae
+
+
+class _WrongFrames(Light):
+    def pack(self, image, packed, *, channels_last):
+        super().pack(image, packed, channels_last=channels_last)
+        if channels_last:
+            packed[:, 0, 0] += 1
+
+
+class _Unsteady(Light):
+    """A race: within the bounds, and other bits at every run."""
+
+    runs = 0
+
+    def distance_maps(self, packed):
+        st, ae = super().distance_maps(packed)
+        _Unsteady.runs += 1
+        return st * (1 + 1e-4 * _Unsteady.runs), ae
+
+
+@pytest.mark.parametrize(
+    ("kernels", "problem"),
+    [
+        (_WrongAtTwo, "failed at batch 2: difference"),
+        (_WrongFrames, "failed at batch 4: frames and images .* packed differently"),
+        (_Unsteady, "failed at batch 4: two runs on the same images gave different results"),
+    ],
+)
+def test_the_self_check_sees_every_bucket_frames_and_races(kernels, problem, model, monkeypatch):
+    monkeypatch.setattr(backends, "TorchBackend", Light)
+    monkeypatch.setattr(self_check, "repeats", lambda device: 2)
+    backend = kernels(model, torch.bfloat16, torch.device("cpu"))
+    assert re.search(problem, self_check.self_check(backend, model, (1, 2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "problem"),
+    [
+        ((10, 0), "3.6.0", "Triton 3.6.0 compiles wrong code for sm_100; install 3.7.1"),
+        ((10, 3), "3.7.0+git1", "Triton 3.7.0"),
+        ((10, 0), "3.7.1", None),
+        ((10, 0), "3.10.0", None),
+        ((9, 0), "3.6.0", None),
+        ((12, 0), "3.6.0", None),
+    ],
+)
+def test_a_triton_that_miscompiles_for_a_device(capability, triton, problem, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(devices, "version", lambda name: triton)
+    found = devices.unsafe_compiler(torch.device("cuda", 0))
+    assert (found is None) if problem is None else (problem in found)
+    assert devices.unsafe_compiler(torch.device("cpu")) is None
+
+
+def test_a_callers_autocast_changes_nothing(model, monkeypatch):
+    monkeypatch.setattr(native_conv, "available", lambda: False)
+    predictor, frame = FastPredictor(model, device="cpu", dtype="float32"), helpers.frames(1)[0]
+    expected = predictor(frame)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(predictor(frame).anomaly_map, expected.anomaly_map)
 
 
 # ---- steps -----------------------------------------------------------------------------------

@@ -106,13 +106,43 @@ def test_two_threads(predictor):
     assert found == {k: [expected[i % 8] for i in range(200)] for k in range(2)}
 
 
+def test_predictors_constructed_at_once(cuda):
+    """Captures of two threads do not break each other."""
+    model, frame = helpers.detector(), noise(1)[0]
+    found: dict[int, tuple[str, float]] = {}
+
+    def work(k: int) -> None:
+        made = FastPredictor(model, device=cuda, batch_sizes=(1, 2))
+        found[k] = made.facts["backend"], float(made(frame).score)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert len(set(found.values())) == 1, found
+
+
+def test_weights_that_are_still_being_written_are_waited_for(cuda):
+    """The detector lies on the device and the caller's stream has not reached the last write."""
+    old, new = helpers.detector(seed=0).to(cuda), helpers.detector(seed=1).to(cuda)
+    frame, target = noise(1)[0], helpers.detector(seed=0).to(cuda)
+    predictor = FastPredictor(old, device=cuda, batch_sizes=(1,))
+    expected = float(FastPredictor(new, device=cuda, batch_sizes=(1,))(frame).score)
+    torch.cuda._sleep(200_000_000)  # some tenth of a second
+    target.load_state_dict(new.state_dict())
+    predictor.reload(target)
+    assert float(predictor(frame).score) == expected
+
+
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_a_step_neither_allocates_nor_waits(where, predictor):
     frames = list(noise(8, seed=6))
     if where == "device":
         frames = [torch.from_numpy(frame).to(predictor.device) for frame in frames]
-    for frame in frames:
-        predictor(frame)
+    kept = [predictor(frame) for frame in frames]  # as many results as are ever there at once
+    del kept
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats(predictor.device)
     torch.cuda.set_sync_debug_mode("error")

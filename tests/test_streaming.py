@@ -19,6 +19,7 @@ class Stub:
     """A predictor whose score is the first pixel; remembers its batches."""
 
     batch_sizes = (1, 4)
+    device = torch.device("cpu")
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds, self.batches = seconds, []
