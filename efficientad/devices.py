@@ -7,7 +7,6 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 
 import torch
 
@@ -119,11 +118,12 @@ def unsafe_compiler(device: torch.device) -> str | None:
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 10:
         return None
-    installed = version("triton")
-    numbers = tuple(int(n) for n in re.findall(r"\d+", installed)[:3])
+    import triton
+
+    numbers = tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:3])
     if numbers >= (3, 7, 1):
         return None
-    return f"Triton {installed} compiles wrong code for sm_100; install 3.7.1 or newer"
+    return f"Triton {triton.__version__} compiles wrong code for sm_100; install 3.7.1 or newer"
 
 
 class _Precision:
