@@ -107,15 +107,20 @@ def end_to_end_table(found: dict[str, Any]) -> str:
     )
 
 
-TIMES = ("p50 ms", "p90", "p99", "max", "spread")
+TIMES = ("calls", "p50 ms", "p90", "p99", "max", "spread")
 ACCURACY = ("map error", "rank errors")
+_FEWEST = {"p90_ms": 10, "p99_ms": 100}  # calls of which a percentile says something
+_SHORT = 20  # characters of a reason that fit into the place of a time
 
 
 def _times(row: Row) -> list[str]:
-    if row.get("no_time"):
-        return ["wrong" if "wrong" in row["no_time"] else "no time", *[DASH] * 4]
-    names = ("p50_ms", "p90_ms", "p99_ms", "max_ms", "spread_ms")
-    return [number(row.get(name)) for name in names]
+    reason = row.get("no_time")
+    if reason:
+        short = reason if len(reason) <= _SHORT else "no time"
+        return [DASH, "wrong" if "wrong" in reason else short, *[DASH] * 4]
+    names = ("calls", "p50_ms", "p90_ms", "p99_ms", "max_ms", "spread_ms")
+    shown = [name for name in names if (row.get("calls") or 0) >= _FEWEST.get(name, 0)]
+    return [number(row.get(name)) if name in shown else DASH for name in names]
 
 
 def _accuracy(row: Row) -> list[str]:

@@ -30,13 +30,10 @@ void pixels_of(const float* from, int64_t from_stride, const Taps& taps, float* 
 }
 
 void pixels_avx(const float* from, int64_t from_stride, int rows, const Taps& taps, float* to) {
-  static_assert(kRows == 4);
-  switch (rows) {
-    case 1: return pixels_of<1>(from, from_stride, taps, to);
-    case 2: return pixels_of<2>(from, from_stride, taps, to);
-    case 3: return pixels_of<3>(from, from_stride, taps, to);
-    default: return pixels_of<4>(from, from_stride, taps, to);
-  }
+  using Pixels = void (*)(const float*, int64_t, const Taps&, float*);
+  static const Pixels all[kRows] = {pixels_of<1>, pixels_of<2>, pixels_of<3>, pixels_of<4>,
+                                    pixels_of<5>, pixels_of<6>, pixels_of<7>, pixels_of<8>};
+  all[rows - 1](from, from_stride, taps, to);
 }
 
 // Two pixels: 8 floats -> 8 bfloat16 in the low halves of 8 words, rounded to nearest even.
@@ -51,7 +48,7 @@ inline __m128i bfloat_of(__m256 values) {
 template <int32_t kChannels, int32_t kKind>
 void pack_of(const float* from, int64_t n, const Normal& normal, void* out) {
   constexpr int kSize = kKind == kFloat32 ? 4 : 2;
-  const __m256 scale = _mm256_set1_ps(255.0f);
+  const __m256 scale = _mm256_set1_ps(255.0f), half = _mm256_set1_ps(0.5f);
   const float *m = normal.mean, *s = normal.std;
   const __m256 mean = _mm256_setr_ps(m[0], m[1], m[2], 0, m[0], m[1], m[2], 0);
   const __m256 std = _mm256_setr_ps(s[0], s[1], s[2], 1, s[0], s[1], s[2], 1);
@@ -61,7 +58,8 @@ void pack_of(const float* from, int64_t n, const Normal& normal, void* out) {
   // pixels are left to the loop.
   const int64_t even = kChannels == 4 ? n / 2 * 2 : (n - 1) / 2 * 2;
   for (int64_t i = 0; i < even; i += 2, to += 2 * kChannels * kSize) {
-    __m256 value = _mm256_div_ps(_mm256_loadu_ps(from + 4 * i), scale);
+    __m256 value = _mm256_floor_ps(_mm256_add_ps(_mm256_loadu_ps(from + 4 * i), half));
+    value = _mm256_div_ps(value, scale);
     value = _mm256_and_ps(_mm256_div_ps(_mm256_sub_ps(value, mean), std), used);
     if constexpr (kKind == kFloat32) {
       if constexpr (kChannels == 4) {

@@ -55,6 +55,7 @@ extern const Level kAvx2 = {
     "avx2",
     columns_avx2,
     pixels_avx,
+    whole_loop,
     pack_avx,
     blend_loop,
     overlay_loop,

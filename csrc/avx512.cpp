@@ -54,6 +54,7 @@ extern const Level kAvx512 = {
     "avx512",
     columns_avx512,
     pixels_avx,
+    whole_loop,
     pack_avx,
     blend_loop,
     overlay_loop,

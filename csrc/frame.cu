@@ -12,15 +12,15 @@ namespace efficientad::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPixels = 32;   // output pixels of a block, all in one row
-constexpr int kSource = 1024; // source columns whose sums are held at a time: 12 KB, any scale
+constexpr int kPixels = 32;  // output pixels of a block, all in one row
+constexpr int kLines = 16;   // source rows that are held at a time, resized to the output's width
 
-// A block sums the columns under its output pixels, side by side (coalesced), then each output
-// pixel its row of sums. Wide spans go through shared memory in parts, in order.
+// A block resizes the source rows under its output row, a few at a time, to its pixels; each thread
+// goes on with the sum of its output value over them.
 template <int kKind>
 __global__ void __launch_bounds__(kThreads)
     resize_pack_kernel(Frame frame, Taps rows, Taps columns, Normal normal, Packed out) {
-  __shared__ float sums[kSource * 3];
+  __shared__ float lines[kLines * kPixels * 3];
   const int line = out.width + 2 * out.border;
   const int row = blockIdx.y, x0 = blockIdx.x * kPixels;  // in the packed image
   const int y = row - out.border;
@@ -33,31 +33,28 @@ __global__ void __launch_bounds__(kThreads)
   float value = 0.0f;
   if (y >= 0 && y < out.height) {  // the whole block
     const int low = max(x0 - out.border, 0);
-    const int high = min(x0 - out.border + kPixels, out.width) - 1;
-    if (low <= high) {
-      const bool sums_here = owner && inside && channel < 3;
-      const int first = sums_here ? columns.spans[2 * x] : 0;
-      const int count = sums_here ? columns.spans[2 * x + 1] : 0;
-      const int end = columns.spans[2 * high] + columns.spans[2 * high + 1];
-      const float* weights = columns.weights + (sums_here ? (int64_t)x * columns.width : 0);
-      const float* row_weights = rows.weights + (int64_t)y * rows.width;
-      const int row_count = rows.spans[2 * y + 1];
-      const uint8_t* top = frame.data + rows.spans[2 * y] * frame.pitch;
-      const int step = frame.channels;
-      for (int start = columns.spans[2 * low]; start < end; start += kSource) {
-        const int stop = min(start + kSource, end);
-        const uint8_t* at = top + (int64_t)start * step;
-        for (int i = threadIdx.x; i < (stop - start) * step; i += kThreads)
-          sums[i] = column_sum(at + i, frame.pitch, row_weights, row_count);
-        __syncthreads();
-        const int from = max(first, start), to = min(first + count, stop);
-        if (from < to)
-          value = row_sum(sums + (from - start) * step + (step == 3 ? channel : 0), step,
-                          weights + (from - first), to - from, value);
-        __syncthreads();
+    const int high = min(x0 - out.border + kPixels, out.width);
+    const int cells = 3 * (high - low);  // below 0 where there is border only
+    const bool sums_here = owner && inside && channel < 3;
+    const int step = frame.channels, count = rows.spans[2 * y + 1];
+    const float* weights = rows.weights + (int64_t)y * rows.width;
+    const uint8_t* top = frame.data + rows.spans[2 * y] * frame.pitch;
+    for (int start = 0; cells > 0 && start < count; start += kLines, top += kLines * frame.pitch) {
+      const int held = min(kLines, count - start);
+      for (int i = threadIdx.x; i < held * cells; i += kThreads) {
+        const int k = i / cells, pixel = low + i % cells / 3, c = i % cells % 3;
+        const uint8_t* at = top + k * frame.pitch + (int64_t)columns.spans[2 * pixel] * step;
+        lines[i] = whole(row_sum(at + (step == 3 ? c : 0), step,
+                                 columns.weights + (int64_t)pixel * columns.width,
+                                 columns.spans[2 * pixel + 1]));
       }
-      if (sums_here) value = normalised(value, normal.mean[channel], normal.std[channel]);
+      __syncthreads();
+      if (sums_here)
+        for (int k = 0; k < held; ++k)
+          value = fmaf(weights[start + k], lines[k * cells + 3 * (x - low) + channel], value);
+      __syncthreads();
     }
+    if (sums_here) value = normalised(whole(value), normal.mean[channel], normal.std[channel]);
   }
   if (owner) store(out.data, ((int64_t)row * line + column) * out.channels + channel, value, kKind);
 }

@@ -69,12 +69,17 @@ FRAME_FN float column_sum(const uint8_t* at, int64_t pitch, const float* weights
   return sum;
 }
 
-// Goes on with the sum of one output cell over column sums, `step` floats apart.
-FRAME_FN float row_sum(const float* at, int32_t step, const float* weights, int32_t count,
-                       float sum) {
-  for (int32_t k = 0; k < count; ++k) sum = fmaf(weights[k], at[k * step], sum);
+// One output cell of one channel over a source row, whose pixels are `step` apart.
+template <class Value>
+FRAME_FN float row_sum(const Value* at, int32_t step, const float* weights, int32_t count) {
+  float sum = 0.0f;
+  for (int32_t k = 0; k < count; ++k)
+    sum = fmaf(weights[k], static_cast<float>(at[k * step]), sum);
   return sum;
 }
+
+// The whole level of a sum, as Pillow rounds after each of its passes. Sums are not negative.
+FRAME_FN float whole(float sum) { return floorf(sum + 0.5f); }
 
 // The order and the two true divisions of reference.pack.
 FRAME_FN float normalised(float level, float mean, float std) {

@@ -1,7 +1,8 @@
 // Floor 0, includes host.h: the host twin, split into blocks of rows for the threads.
 //
-// Columns are summed first, then rows: the column sums of an output row are contiguous vectors
-// whatever the scale, and only the output's rows are left for the pass that gathers.
+// Rows are resized first and rounded to whole levels, then columns, as Pillow does: so a frame gives
+// the network what it gives the reference. (Where a frame shrinks much more in height than in width,
+// Pillow 13 turns the order around; there more levels differ by one.)
 #include "host.h"
 
 #include <algorithm>
@@ -37,6 +38,9 @@ const Level* best() {
 }
 
 std::atomic<const Level*> chosen{nullptr};
+
+constexpr int64_t kShare = 16;  // output rows; neighbours resize one output row's source rows twice
+constexpr int32_t kBlock = 16;  // output pixels whose source pixels stay in the first-level cache
 
 // body(first row, end) over all rows, in steps of `step`.
 void over_rows(int64_t rows, int64_t step, int64_t values,
@@ -84,6 +88,21 @@ void set_level(const std::string& name) {
   throw std::invalid_argument("level is '" + name + "'; this processor does not have it");
 }
 
+namespace {
+
+// RGB floats of `count` pixels of a row, and three zeros behind them, which pixels() reads, too.
+void floats_of(const Level& level, const Frame& frame, int64_t y, int64_t left, int64_t count,
+               float* to) {
+  const float one = 1.0f;
+  const uint8_t* at = frame.data + y * frame.pitch + left * frame.channels;
+  level.columns(at, frame.pitch, &one, 1, count * frame.channels, to);
+  if (frame.channels == 1)  // from the end, so that nothing is overwritten before it is read
+    for (int64_t x = count - 1; x >= 0; --x) to[3 * x] = to[3 * x + 1] = to[3 * x + 2] = to[x];
+  std::fill(to + 3 * count, to + 3 * count + 3, 0.0f);
+}
+
+}  // namespace
+
 void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, const Normal& normal,
                  const Packed& out) {
   const Level& level = current();
@@ -95,29 +114,44 @@ void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, cons
   memset(image, 0, line * out.border);
   memset(image + line * (out.border + out.height), 0, line * out.border);
 
+  const auto store = [&](const float* sums, int64_t y) {
+    uint8_t* to = image + line * (out.border + y);
+    memset(to, 0, side);
+    level.pack(sums, out.width, normal, out.channels, out.kind, to + side);
+    memset(to + line - side, 0, side);
+  };
+  const int64_t wide = 4 * static_cast<int64_t>(out.width);
   const int64_t values = row_bytes * std::max(frame.height, out.height);
-  over_rows(out.height, 2 * kRows, values, [&](int64_t first, int64_t end) {
-    float* sums = scratch(kRows * (stride + 4 * static_cast<int64_t>(out.width)));
-    float* pixels = sums + kRows * stride;
-    for (int64_t y = first; y < end; y += kRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kRows, end - y));
-      for (int r = 0; r < count; ++r) {
-        const int32_t* span = rows.spans + 2 * (y + r);
-        float* to = sums + r * stride;
-        level.columns(frame.data + span[0] * frame.pitch, frame.pitch,
-                      rows.weights + (y + r) * rows.width, span[1], row_bytes, to);
-        if (frame.channels == 1)  // from the end, so that nothing is overwritten before it is read
-          for (int64_t x = frame.width - 1; x >= 0; --x)
-            to[3 * x] = to[3 * x + 1] = to[3 * x + 2] = to[x];
+  over_rows(out.height, kShare, values, [&](int64_t first, int64_t end) {
+    int64_t top = frame.height, bottom = 0;
+    for (int64_t y = first; y < end; ++y) {
+      const int64_t start = rows.spans[2 * y], stop = start + rows.spans[2 * y + 1];
+      top = std::min(top, start);
+      bottom = std::max(bottom, stop);
+    }
+    float* lines = scratch(kRows * (stride + 4 * kBlock) + wide + (bottom - top) * wide / 4);
+    float *pixels = lines + kRows * stride, *sums = pixels + kRows * 4 * kBlock;
+    uint8_t* levels = reinterpret_cast<uint8_t*>(sums + wide);
+    for (int64_t y = top; y < bottom; y += kRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kRows, bottom - y));
+      for (int32_t x = 0; x < out.width; x += kBlock) {
+        const int32_t size = std::min(kBlock, out.width - x);
+        const int32_t* spans = columns.spans + 2 * x;
+        const Taps here = {spans, columns.weights + static_cast<int64_t>(x) * columns.width,
+                           columns.width, size};
+        const int64_t left = spans[0], pixels_here = spans[2 * size - 2] + spans[2 * size - 1] - left;
+        for (int r = 0; r < count; ++r)
+          floats_of(level, frame, y + r, left, pixels_here, lines + r * stride);
+        level.pixels(lines - 3 * left, stride, count, here, pixels);
+        for (int r = 0; r < count; ++r)
+          level.whole(pixels + r * 4 * size, 4 * size, levels + (y + r - top) * wide + 4 * x);
       }
-      level.pixels(sums, stride, count, columns, pixels);
-      for (int r = 0; r < count; ++r) {
-        uint8_t* to = image + line * (out.border + y + r);
-        memset(to, 0, side);
-        level.pack(pixels + 4 * static_cast<int64_t>(out.width) * r, out.width, normal,
-                   out.channels, out.kind, to + side);
-        memset(to + line - side, 0, side);
-      }
+    }
+    for (int64_t y = first; y < end; ++y) {
+      const int32_t* span = rows.spans + 2 * y;
+      level.columns(levels + (span[0] - top) * wide, wide, rows.weights + y * rows.width, span[1],
+                    wide, sums);
+      store(sums, y);
     }
   });
 }

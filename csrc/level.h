@@ -8,7 +8,7 @@
 
 namespace efficientad {
 
-constexpr int kRows = 4;  // output rows that a block computes together
+constexpr int kRows = 8;  // rows that are resized together: enough sums to hide an addition's time
 
 // The functions of one instruction set. All levels give the same bits of frames and maps.
 struct Level {
@@ -16,11 +16,13 @@ struct Level {
   // out[i] = column_sum(at + i, ...) for i < n.
   void (*columns)(const uint8_t* at, int64_t pitch, const float* weights, int32_t count, int64_t n,
                   float* out);
-  // RGBX floats of `rows` output rows from their column sums: row r of `from` starts at
+  // RGBX sums of `rows` rows from their RGB floats: row r of `from` starts at
   // r * from_stride (three more floats may be read behind its end), row r of `to` at
   // r * 4 * taps.size; the fourth channel is undefined.
   void (*pixels)(const float* from, int64_t from_stride, int rows, const Taps& taps, float* to);
-  // Normalises n RGBX pixels and stores 3 or 4 channels of them.
+  // out[i] = whole(from[i]) for i < n, at most 255.
+  void (*whole)(const float* from, int64_t n, uint8_t* out);
+  // Normalises the whole levels of n RGBX sums and stores 3 or 4 channels of them.
   void (*pack)(const float* from, int64_t n, const Normal& normal, int32_t channels, int32_t kind,
                void* out);
   // out[i] = between(a[i], b[i], weight_a, weight_b) for i < n.

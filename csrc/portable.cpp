@@ -27,6 +27,7 @@ extern const Level kPortable = {
     "portable",
     columns_loop,
     pixels_loop,
+    whole_loop,
     pack_loop,
     blend_loop,
     overlay_loop,

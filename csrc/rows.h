@@ -19,16 +19,20 @@ void pixels_loop(const float* from, int64_t from_stride, int rows, const Taps& t
     for (int32_t i = 0; i < taps.size; ++i, to += 4) {
       const float* at = from + 3 * static_cast<int64_t>(taps.spans[2 * i]);
       const float* weights = taps.weights + static_cast<int64_t>(i) * taps.width;
-      for (int c = 0; c < 3; ++c) to[c] = row_sum(at + c, 3, weights, taps.spans[2 * i + 1], 0.0f);
+      for (int c = 0; c < 3; ++c) to[c] = row_sum(at + c, 3, weights, taps.spans[2 * i + 1]);
     }
   }
+}
+
+void whole_loop(const float* from, int64_t n, uint8_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint8_t>(static_cast<int32_t>(from[i] + 0.5f));
 }
 
 void pack_loop(const float* from, int64_t n, const Normal& normal, int32_t channels, int32_t kind,
                void* out) {
   for (int64_t i = 0; i < n; ++i) {
     for (int32_t c = 0; c < 3; ++c) {
-      const float value = normalised(from[4 * i + c], normal.mean[c], normal.std[c]);
+      const float value = normalised(whole(from[4 * i + c]), normal.mean[c], normal.std[c]);
       store(out, i * channels + c, value, kind);
     }
     if (channels == 4) store(out, i * 4 + 3, 0.0f, kind);

@@ -8,6 +8,8 @@
 namespace efficientad {
 namespace {
 
+constexpr double kOne = 1 << 22;  // Pillow's weights are integers, with 22 bits behind the point
+
 double centre(int32_t source, int32_t target, int32_t i) {
   return (i + 0.5) * source / target;  // of output cell i, in source cells
 }
@@ -57,7 +59,7 @@ void fill_taps(int32_t source, int32_t target, bool antialias, int32_t* spans, f
     double total = 0.0;
     for (int32_t cell = first; cell < end; ++cell) total += weight(cell);
     for (int32_t cell = first; cell < end; ++cell)
-      weights[cell - first] = static_cast<float>(weight(cell) / total);
+      weights[cell - first] = static_cast<float>(floor(weight(cell) / total * kOne + 0.5) / kOne);
     spans[2 * i] = first;
     spans[2 * i + 1] = end - first;
   }

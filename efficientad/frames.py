@@ -118,8 +118,9 @@ def resize_pack(
 ) -> Tensor:
     """Resize a frame, normalise it and pack it as RGBX, in one step.
 
-    The resize is bilinear with antialiasing, as Pillow's and torchvision's, but in float32 and not
-    rounded in between. A frame that has the size already gives the bits of `reference.pack`.
+    The resize is bilinear with antialiasing and rounded as Pillow's, which the reference uses: in
+    few places a level of 255 differs by one. A frame that has the size already gives the bits of
+    `reference.pack`.
 
     On a CUDA device the kernel runs on the current stream. The first call with new sizes copies two
     small tables to the device: make it before a CUDA graph is captured.
@@ -172,8 +173,9 @@ def resize_pack(
 def _resize_pack_torch(frame, size, mean, std, border, channels, dtype) -> Tensor:
     x = _as_tensor(frame).float()
     x = x.permute(2, 0, 1)[None] if x.dim() == 3 else x.expand(1, 3, *x.shape)
-    if tuple(x.shape[2:]) != size:
-        x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+    for sides in ((x.shape[2], size[1]), size):  # as Pillow: rows, then columns, each rounded
+        if tuple(x.shape[2:]) != sides:
+            x = F.interpolate(x, size=sides, mode="bilinear", antialias=True).add_(0.5).floor_()
     # Filled on the device: a copy from the host would wait for it.
     mean, std = (torch.stack([x.new_full((), v) for v in three]) for three in (mean, std))
     x = (x[0].permute(1, 2, 0) / 255 - mean) / std

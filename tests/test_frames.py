@@ -19,9 +19,11 @@ from efficientad import overlay as colors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # the result is the level / 255
-# Greatest error in levels of 255. Pillow rounds twice, to 8 bits; torch computes weights in
+# Part of the values that may be a level of 255 off. Pillow sums integers, the frame path floats: a
+# sum close to a half is rounded to another side. (Where a frame shrinks much more in height than in
+# width Pillow 13 resizes columns first, and more values differ.) torch has weights of its own, in
 # float32, whose place on the source is off by up to 16384 * 2^-24.
-PILLOW, TORCH = 1.01, 0.02
+PILLOW, TORCH = 0.01, 0.1
 HALF_STEP = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 0}
 LEVELS = ("portable", "avx2", "avx512")
 SENTINEL = 0x5A
@@ -83,8 +85,8 @@ def level():
 
 @needs_native
 @pytest.mark.parametrize("seed", range(10))
-def test_thirty_random_sizes_are_pillow_before_its_rounding(seed):
-    rng = np.random.default_rng(seed)
+def test_thirty_random_sizes_are_pillow(seed):
+    rng, off, values = np.random.default_rng(seed), 0, 0
     for i in range(30):
         source = (5000, 4000) if (seed, i) == (0, 0) else (side(rng, 5000), side(rng, 4000))
         target = (256, 256) if i % 3 else (side(rng, 400), side(rng, 400))
@@ -95,9 +97,15 @@ def test_thirty_random_sizes_are_pillow_before_its_rounding(seed):
             frame, target, **UNIT, channels=3 + i % 2, dtype=torch.float32, border=border
         ).numpy()
         inner = result[border : border + target[0], border : border + target[1], :3] * 255
-        assert abs(inner - pillow(frame, target)).max() <= PILLOW, (source, target)
+        error = abs(inner - pillow(frame, target))
+        assert error.max() <= 1.001, (source, target)
+        if source[0] / target[0] <= 1.2 * source[1] / target[1]:
+            off += int((error > 0.5).sum())
+            values += error.size
         result[border : border + target[0], border : border + target[1], :3] = 0
         assert not result.any()  # the border and the fourth channel
+    assert off <= PILLOW * values
+    assert values
 
 
 @needs_native
@@ -116,8 +124,9 @@ def test_native_is_torch(source, target, grey):
     options = {"channels": 3, "dtype": torch.float32}
     native = frames.resize_pack(frame, target, **UNIT, **options, backend="native")
     torch_ = frames.resize_pack(frame, target, **UNIT, **options, backend="torch")
-    assert (native - torch_).abs().max() * 255 <= TORCH
-    assert (native - torch_).square().mean().sqrt() * 255 <= TORCH / 4
+    error = (native - torch_).abs() * 255
+    assert error.max() <= 1.001
+    assert (error > 0.5).float().mean() <= TORCH
 
 
 @needs_native
@@ -134,7 +143,9 @@ def test_taps_are_the_triangle_filter_in_float64():
             have = np.zeros(source)
             have[first : first + count] = weights[i, :count]
             assert count <= width
-            np.testing.assert_allclose(have, want / want.sum(), rtol=1e-6, atol=1e-9)
+            # To 22 bits behind the point, as Pillow's.
+            np.testing.assert_allclose(have, want / want.sum(), rtol=0, atol=2**-23 + 1e-9)
+            assert (have * 2**22 == np.rint(have * 2**22)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
