@@ -37,15 +37,23 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="OVERLAP",
         help="look at images in full resolution, in tiles of the input size that overlap by so "
-        "many pixels",
+        "many pixels; for a detector that was trained and calibrated on crops of that size",
     )
     command.add_argument(
         "--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)"
     )
     command.add_argument(
-        "--reference", action="store_true", help="use the plain float32 detector, not the fast path"
+        "--reference",
+        action="store_true",
+        help="use the plain float32 detector, not the fast path; goes with neither --tiles nor "
+        "--dtype",
     )
-    _running(command)
+    _running(
+        command,
+        batch_size=None,
+        batch_help="images or tiles per step at most (default: 8 with --reference, otherwise what "
+        "suits the device)",
+    )
 
     command = commands.add_parser("evaluate", help="metrics on a test set with known defects")
     command.add_argument("model")
@@ -106,14 +114,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _running(command: argparse.ArgumentParser) -> None:
+def _running(
+    command: argparse.ArgumentParser,
+    batch_size: int | None = 8,
+    batch_help: str = "images per step (default 8)",
+) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--batch-size", type=int, default=batch_size, help=batch_help)
     command.add_argument("--workers", type=int, default=2, help="decoding threads")
 
 
 def _layout(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--layout", choices=("auto", "folder", "mvtec", "loco", "visa"), default="auto"
+        "--layout",
+        choices=("auto", "folder", "mvtec", "loco", "visa"),
+        default="auto",
+        help="auto recognises the others; folder takes every image below it as good",
     )
     command.add_argument("--category", help="object of a VisA or multi-object folder")

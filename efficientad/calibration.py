@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efficientad.checks import check_detector, check_number
 from efficientad.data import DataSet, Sample, open_dataset, split_validation
 from efficientad.detector import QUANTILE_LEVELS, EfficientAD
 from efficientad.devices import full_float32
@@ -108,8 +110,7 @@ def threshold_from_scores(scores: Sequence[float], false_positive_rate: float) -
     Raises:
         ValueError: no scores, a score that is not finite, or a rate outside [0, 1).
     """
-    if not 0 <= false_positive_rate < 1:
-        raise ValueError(f"false_positive_rate is {false_positive_rate}; it must be in [0, 1)")
+    check_number("false_positive_rate", false_positive_rate, 0, 1)
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
     if ordered.size == 0:
         raise ValueError("a threshold needs at least one score of a normal image")
@@ -165,8 +166,11 @@ def calibrate(
             without it the error is raised.
 
     Raises:
-        ValueError: no readable image, statistics neither set nor wanted, or maps not finite.
+        ValueError: a rate outside [0, 1), no readable image, statistics neither set nor wanted, or
+            maps not finite. After this or any other error the detector is as it was.
     """
+    check_detector(detector)
+    false_positive_rate = check_number("false_positive_rate", false_positive_rate, 0, 1)
     if statistics is None:
         statistics = not detector.has_statistics
     if not statistics and not detector.has_statistics:
@@ -190,7 +194,7 @@ def calibrate(
     detector.eval()
     maps = MapFile(*detector.feature_size())
     try:
-        with torch.no_grad(), full_float32():
+        with torch.no_grad(), full_float32(), _restored_on_error(detector):
             if statistics:
                 collected = ChannelStatistics()
                 for batch in batches(train, "channel statistics"):
@@ -203,10 +207,10 @@ def calibrate(
                 source_sizes += batch.source_sizes
             set_quantiles_from_maps(detector, maps)
             scores = validation_scores(detector, maps, source_sizes)
+            detector.threshold = threshold_from_scores(scores, false_positive_rate)
     finally:
         maps.close()
         detector.train(was_training)
-    detector.threshold = threshold_from_scores(scores, false_positive_rate)
     detector.provenance["calibration"] = {
         "images_for_statistics": len(train) if statistics else 0,
         "images_for_quantiles": maps.count,
@@ -215,6 +219,24 @@ def calibrate(
         "validation_score_min_mean_max": [min(scores), float(np.mean(scores)), max(scores)],
     }
     return detector
+
+
+@contextmanager
+def _restored_on_error(detector: EfficientAD) -> Iterator[None]:
+    """Statistics, quantiles and threshold as they were, if anything is raised inside."""
+    tensors = (detector.teacher_mean, detector.teacher_std, detector.quantiles, detector.affine)
+    names = ("_has_statistics", "_calibrated", "threshold")
+    kept = [tensor.clone() for tensor in tensors]
+    values = [getattr(detector, name) for name in names]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, before in zip(tensors, kept, strict=True):
+                tensor.copy_(before)
+        for name, value in zip(names, values, strict=True):
+            setattr(detector, name, value)
+        raise
 
 
 def set_quantiles_from_maps(detector: EfficientAD, maps: MapFile) -> None:

@@ -20,9 +20,11 @@ from efficientad.cli_common import (
     EXIT_SOME_FAILED,
     EXIT_USAGE,
     UsageError,
+    check_running,
     list_failed,
     load_detector,
     print_metrics,
+    print_notes,
     progress_bars,
     refuse_overwrite,
     require_calibration,
@@ -57,6 +59,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from efficientad.data import open_dataset
     from efficientad.evaluation import evaluate
 
+    check_running(options)
     dataset = open_dataset(options.data, options.layout, options.category)
     detector = load_detector(options.model, options.device)
     require_calibration(detector)
@@ -73,6 +76,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         )
     print_metrics(result.metrics)
     print(f"report: {options.out / 'report.html'}")
+    print_notes(result.notes)
     list_failed(result.failed)
     return EXIT_SOME_FAILED if result.failed else EXIT_OK
 
@@ -82,6 +86,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from efficientad.checkpoint import save
     from efficientad.data import open_dataset
 
+    check_running(options)
     out = options.out or Path(options.model).with_suffix(".safetensors")
     refuse_overwrite(out, options.force, but=Path(options.model))
     good = options.good_images

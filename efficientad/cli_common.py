@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,9 +37,23 @@ def refuse_overwrite(out: Path, force: bool, but: Path | None = None) -> None:
         raise UsageError(f"{out} exists; give --force to replace it, or another name")
 
 
+def check_running(options: argparse.Namespace, fewest_workers: int = 0) -> None:
+    """ValueError unless --batch-size and --workers are usable."""
+    from efficientad.checks import check_integer
+
+    if options.batch_size is not None:
+        check_integer("--batch-size", options.batch_size, 1)
+    check_integer("--workers", options.workers, fewest_workers)
+
+
 def list_failed(failed: Sequence[tuple[str, str]]) -> None:
     for path, reason in failed:
         print(f"failed: {path}: {reason}", file=sys.stderr)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Floor 5, imports training and data: `efficientad train`.
 
-Exit codes: 0 trained; 1 trained, but some images could not be read (they are listed).
+Exit codes: 0 trained; 1 trained, but some images could not be read (they are listed); 130 stopped
+by Ctrl-C, with the state on the disk.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def add_train(commands: Any) -> None:
     add = command.add_argument
     add("data", type=Path, help="folder of good images, or MVTec AD, MVTec LOCO or VisA folder")
     add("--out", type=Path, default=Path("detector.safetensors"), help="file to write")
-    add("--force", action="store_true", help="replace an existing file")
+    add("--force", action="store_true", help="replace an existing file and checkpoint")
     add("--layout", choices=("auto", "folder", "mvtec", "loco", "visa"), default="auto")
     add("--category", help="object of a VisA or multi-object folder")
     add("--size", choices=("S", "M"), default="S", help="small or medium networks (default S)")
@@ -71,10 +73,15 @@ def add_train(commands: Any) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """Carry out `efficientad train`; returns the exit code."""
     from efficientad.data import open_dataset
+    from efficientad.teachers import teacher_license
     from efficientad.training import fit
+    from efficientad.training_settings import TrainingStopped
 
     if options.out.exists() and not options.force and not options.resume:
-        raise ValueError(f"{options.out} exists; give --force to replace it, or another name")
+        raise ValueError(
+            f"{options.out} exists; give --resume to continue its training, --force to replace it, "
+            "or another name"
+        )
     dataset = open_dataset(options.data, options.layout, options.category)
     print(
         f"{dataset.name}: {len(dataset.train)} good images to train on, "
@@ -82,35 +89,51 @@ def run_train(options: argparse.Namespace) -> int:
     )
     if options.penalty is None:
         print("warning: no --penalty: training without the pretraining penalty of the paper")
+    license = teacher_license(options.teacher) if options.teacher or options.size == "S" else None
+    if license is not None:
+        print(f"licence of the teacher, and so of the detector: {license}")
+    checkpoint = options.checkpoint or options.out.with_suffix(".training")
+    resumed = options.resume and checkpoint.exists()
+    if options.resume and not resumed:
+        print(f"no state in {checkpoint}: the training starts anew")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no penalty set")
-        detector = fit(
-            dataset,
-            out=options.out,
-            size=options.size,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            teacher=options.teacher,
-            penalty=options.penalty,
-            image_size=tuple(options.image_size),
-            padding=options.padding,
-            seed=options.seed,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            hard_quantile=options.hard_quantile,
-            warm_start=options.warm_start,
-            false_positive_rate=options.fpr,
-            device=options.device,
-            dtype=options.dtype,
-            workers=options.workers,
-            checkpoint=options.checkpoint,
-            checkpoint_every=options.checkpoint_every,
-            resume="auto" if options.resume else False,
-            evaluate_every=options.evaluate_every,
-            log_every=options.log_every,
-            deterministic=options.deterministic,
-            on_history=_Lines(options.steps),
-        )
+        try:
+            detector = fit(
+                dataset,
+                out=options.out,
+                size=options.size,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                teacher=options.teacher,
+                penalty=options.penalty,
+                image_size=tuple(options.image_size),
+                padding=options.padding,
+                seed=options.seed,
+                learning_rate=options.learning_rate,
+                weight_decay=options.weight_decay,
+                hard_quantile=options.hard_quantile,
+                warm_start=options.warm_start,
+                false_positive_rate=options.fpr,
+                device=options.device,
+                dtype=options.dtype,
+                workers=options.workers,
+                checkpoint=options.checkpoint,
+                checkpoint_every=options.checkpoint_every,
+                resume="auto" if options.resume else False,
+                force=options.force,
+                evaluate_every=options.evaluate_every,
+                log_every=options.log_every,
+                deterministic=options.deterministic,
+                progress=_told(resumed),
+                on_history=_Lines(options.steps),
+            )
+        except TrainingStopped as stopped:
+            state = "no state of that step was written"
+            if stopped.checkpoint is not None:
+                state = f"the state is in {stopped.checkpoint}, continue with --resume"
+            print(f"stopped at step {stopped.step}; {state}", file=sys.stderr)
+            return 130
     facts = detector.provenance["training"]
     held_out = detector.provenance["calibration"]["threshold_rests_on"]
     print(f"threshold {detector.threshold:.6g} from {held_out} held-out images")
@@ -118,6 +141,18 @@ def run_train(options: argparse.Namespace) -> int:
     for path, reason in facts["unreadable"]:
         print(f"failed: {path}: {reason}", file=sys.stderr)
     return 1 if facts["unreadable"] else 0
+
+
+def _told(resumed: bool) -> Callable[[str, int, int], None]:
+    """A `progress` that says at which step a training was resumed."""
+    told: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if resumed and what == "training" and not told:
+            told.append(done)
+            print(f"resumed at step {done}", flush=True)
+
+    return progress
 
 
 class _Lines:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,13 @@ from efficientad.metrics import Region
 
 LAYOUTS = ("mvtec", "loco", "visa", "folder")
 GOOD = "good"
+_PARTS = frozenset(("train", "test", "ground_truth"))
+# Words in the name of a folder by which not all images below it are good.
+_NOT_GOOD = frozenset(
+    "abnormal anomalies anomalous anomaly bad broken damaged defect defective defects error errors "
+    "fail failed failure fault faults faulty flaw flawed flaws mask masks ng nio nok reject "
+    "rejected rejects scrap".split()
+)
 _VISA_SPLIT = Path("split_csv", "1cls.csv")
 _LOOKED_FOR = (
     "mvtec (train/good, test/<defect>), loco (train/good, validation/good), "
@@ -57,6 +65,7 @@ class DataSet:
     """Images of one object: good ones to train and validate on, good and anomalous ones to test.
 
     saturation: pixel value of a mask -> rule, from the defects_config.json of MVTec LOCO AD.
+    notes: sentences about what was left out.
     """
 
     root: Path
@@ -66,12 +75,17 @@ class DataSet:
     validation: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
     saturation: Mapping[int, Saturation] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def has_masks(self) -> bool:
         """Whether there are anomalous test images and each of them has a mask."""
-        anomalous = [sample for sample in self.test if sample.label]
-        return bool(anomalous) and all(sample.masks for sample in anomalous)
+        return any(sample.label for sample in self.test) and not self.without_masks
+
+    @property
+    def without_masks(self) -> tuple[Sample, ...]:
+        """The anomalous test images that have no mask."""
+        return tuple(sample for sample in self.test if sample.label and not sample.masks)
 
     def mask_size(self, sample: Sample) -> tuple[int, int]:
         """(height, width) of the mask of a sample, from headers.
@@ -155,9 +169,10 @@ def open_dataset(
     root: the folder of one object, or the data set's folder with `category` naming the object.
     layout: "mvtec", "loco", "visa", "folder", or "auto" to recognise it by content.
 
-    "folder" takes every image below root as good and has no test images. "auto" refuses a folder
-    whose names say that not all of it is good (ValueError that says what was looked for, or which
-    categories there are). FileNotFoundError for a root or a listed file that does not exist.
+    "folder" takes every image below root as good and has no test images. "auto" takes for one only
+    images that lie in a single folder, whose name does not say that they are not good (ValueError
+    that says what was looked for, or which categories there are). FileNotFoundError for a root or
+    a listed file that does not exist.
     """
     root = Path(root)
     if layout != "auto" and layout not in LAYOUTS:
@@ -200,45 +215,60 @@ def _recognise(root: Path) -> str:
     categories = [path.name for path in folders if _looks_like(path)]
     if categories:
         raise ValueError(f"{root} holds several objects, name a category: {', '.join(categories)}")
-    names = {path.name.lower() for path in folders}
-    mixed = names & {"train", "test", "ground_truth", "anomaly", "bad"}
-    if mixed or (GOOD in names and len(names) > 1):
+    holding = {path.parent.relative_to(root) for path in find_images(root)}
+    parts = {path.name for path in folders} | {part for path in holding for part in path.parts}
+    beside = len(folders) > 1 and any(path.name.lower() == GOOD for path in folders)
+    if beside or len(holding) > 1 or any(map(_says_not_good, parts)):
+        held = sorted({"images" if not p.parts else p.as_posix() for p in holding} | parts)
+        shown = ", ".join(held[:8]) + (f" and {len(held) - 8} more" if len(held) > 8 else "")
         raise ValueError(
-            f"the layout of {root} is not clear: it holds {', '.join(sorted(names))}; looked for "
-            f"{_LOOKED_FOR}. If every image in it is good, say layout='folder'"
+            f"the layout of {root} is not clear: it holds {shown}; looked for {_LOOKED_FOR}. If "
+            "every image below it is good, say so: --layout folder (in Python "
+            "open_dataset(..., layout='folder'))"
         )
     return "folder"
+
+
+def _says_not_good(name: str) -> bool:
+    name = name.lower()
+    return name in _PARTS or not _NOT_GOOD.isdisjoint(re.split(r"[^a-z]+", name))
 
 
 def _good(folder: Path) -> list[Sample]:
     return [Sample(path) for path in find_images(folder)]
 
 
-def _defect_folders(root: Path) -> Iterator[tuple[str, Path]]:
+def _defect_folders(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
     """(defect, image) of the test images, good and anomalous, in order."""
     test = root / "test"
     folders = test.iterdir() if test.is_dir() else ()
     for folder in sorted(path for path in folders if path.is_dir() and path.name[0] != "."):
-        for path in find_images(folder):
-            yield folder.name, path
+        try:
+            paths = find_images(folder)
+        except ValueError:
+            notes.append(f"The test folder {folder.name} holds no image and was left out.")
+            continue
+        for path in paths:
+            yield GOOD if folder.name.lower() == GOOD else folder.name, path
 
 
 def _open_mvtec(root: Path) -> DataSet:
     train, validation = split_validation(_good(root / "train" / GOOD))
-    test = []
-    for defect, path in _defect_folders(root):
+    test, notes = [], []
+    for defect, path in _defect_folders(root, notes):
         masks: tuple[Path, ...] = ()
         if defect != GOOD:
             folder = root / "ground_truth" / defect
             named = (folder / f"{path.stem}{tail}" for tail in ("_mask.png", ".png", path.suffix))
             masks = tuple(mask for mask in named if mask.is_file())[:1]
         test.append(Sample(path, int(defect != GOOD), defect, masks))
-    return DataSet(root, "mvtec", root.resolve().name, train, validation, tuple(test))
+    name = root.resolve().name
+    return DataSet(root, "mvtec", name, train, validation, tuple(test), notes=tuple(notes))
 
 
 def _open_loco(root: Path) -> DataSet:
-    test = []
-    for defect, path in _defect_folders(root):
+    test, notes = [], []
+    for defect, path in _defect_folders(root, notes):
         folder = root / "ground_truth" / defect / path.stem
         masks = sorted(folder.iterdir()) if defect != GOOD and folder.is_dir() else []
         masks = tuple(mask for mask in masks if mask.suffix.lower() in SUFFIXES)
@@ -251,6 +281,7 @@ def _open_loco(root: Path) -> DataSet:
         tuple(_good(root / "validation" / GOOD)),
         tuple(test),
         _read_saturation(root),
+        tuple(notes),
     )
 
 

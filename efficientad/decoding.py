@@ -46,6 +46,8 @@ def read_image(source: Any) -> np.ndarray:
     """
     name = source_name(source)
     if not _is_encoded(source):
+        if hasattr(source, "detach"):  # numpy refuses a tensor that requires a gradient
+            source = source.detach()
         return _as_rgb(np.asarray(source), name, 65535)
     with _decoding(name), _opened(source) as (image, stream):
         deep = _read_deep_tiff(image, stream, name)
@@ -128,6 +130,8 @@ def _decoding(name: str) -> Iterator[None]:
         yield
     except (ImageError, FileNotFoundError, MemoryError):
         raise
+    except IsADirectoryError as error:
+        raise ImageError(name, "it is a folder, not an image file") from error
     except Exception as error:  # decoders of damaged files raise nearly everything
         known = f"{error}" if "cannot identify" not in f"{error}" else "not an image file we know"
         raise ImageError(name, known or type(error).__name__) from error

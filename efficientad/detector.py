@@ -1,4 +1,4 @@
-"""Floor 3, imports networks and reference: the EfficientAD detector that defines the numbers.
+"""Floor 3, imports checks, networks, reference: the EfficientAD detector that defines the numbers.
 
 Source: arXiv 2303.14535, Algorithm 2 (inference). The border rules are those of the published
 implementations; `docs/border-rules.md` shows what they differ in and why "nelson" is the default.
@@ -6,6 +6,7 @@ implementations; `docs/border-rules.md` shows what they differ in and why "nelso
 
 from __future__ import annotations
 
+import operator
 import warnings
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientad import reference
+from efficientad.checks import check_flag, check_threshold
 from efficientad.networks import (
     PDN,
     STUDENT_CHANNELS,
@@ -109,7 +111,8 @@ class EfficientAD(nn.Module):
     ):
         super().__init__()
         self.size = size
-        self.padding = bool(padding)
+        check_flag("padding", padding)
+        self.padding = padding
         if score_size not in SCORE_SIZES:
             raise ValueError(f"score_size is {score_size!r}; it must be 'input' or 'source'")
         self.score_size = score_size
@@ -123,17 +126,29 @@ class EfficientAD(nn.Module):
         self.register_buffer("teacher_std", torch.ones(channels))
         self.register_buffer("quantiles", torch.full((4,), float("nan")))
         self.register_buffer("affine", torch.full((4,), float("nan")), persistent=False)
-        self.threshold: float | None = None
+        self.threshold = None
         self.provenance: dict[str, object] = {}
         self._has_statistics = False
         self._calibrated = False
         self.border = border if border is not None else ("paper" if padding else "nelson")
         self.map_padding = _check_border(self.border, self.padding, map_padding)
-        self.image_size = _check_pair(image_size)
+        self.image_size = check_pair(image_size)
         self.register_load_state_dict_post_hook(_resolve_after_load)
         self.eval()
 
     # ---- calibration state -------------------------------------------------------------------
+
+    @property
+    def threshold(self) -> float | None:
+        """The image score above which an image is anomalous; None judges nothing.
+
+        ValueError where it is set to anything but a finite number or None.
+        """
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self._threshold = check_threshold(value)
 
     @property
     def has_statistics(self) -> bool:
@@ -231,7 +246,7 @@ class EfficientAD(nn.Module):
         new_border = self.border if border is None else border
         keep = self.map_padding if map_padding is None and new_border != "paper" else map_padding
         new_padding = _check_border(new_border, self.padding, keep)
-        new_size = self.image_size if image_size is None else _check_pair(image_size)
+        new_size = self.image_size if image_size is None else check_pair(image_size)
         if (new_border, new_padding, new_size) == (self.border, self.map_padding, self.image_size):
             return
         self.border, self.map_padding, self.image_size = new_border, new_padding, new_size
@@ -343,11 +358,14 @@ class EfficientAD(nn.Module):
         return self
 
 
-def _check_pair(image_size: tuple[int, int]) -> tuple[int, int]:
+def check_pair(image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) as integers; ValueError unless they are two, each at least 256."""
     try:
-        height, width = (int(v) for v in image_size)
+        height, width = (operator.index(v) for v in image_size)
     except (TypeError, ValueError):
-        raise ValueError(f"image_size is {image_size!r}; it must be (height, width)") from None
+        raise ValueError(
+            f"image_size is {image_size!r}; it must be (height, width), two integers"
+        ) from None
     check_image_size(height, width)
     return height, width
 

@@ -1,4 +1,4 @@
-"""Floor 1, imports torch, native_conv: device, dtype and batch sizes that a user's words mean."""
+"""Floor 1, imports checks, native_conv: device, dtype and batch sizes that a user's words mean."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from efficientad import native_conv
+from efficientad.checks import check_integer
 
 FP8 = torch.float8_e4m3fn
 FP8_MIN_CAPABILITY = (8, 9)
@@ -100,13 +101,19 @@ def choose_buckets(batch_sizes: Sequence[int] | None, device: torch.device) -> t
     """The batch sizes of a predictor, ascending; None is the device's default.
 
     Raises:
-        ValueError: no size, or one below 1.
+        ValueError: no size, one below 1, or anything but integers.
     """
     if batch_sizes is None:
         return DEFAULT_BUCKETS["cuda" if device.type == "cuda" else "cpu"]
-    sizes = tuple(sorted({int(b) for b in batch_sizes}))
-    if not sizes or sizes[0] < 1:
-        raise ValueError(f"batch_sizes is {batch_sizes!r}; it must name sizes of at least 1")
+    try:
+        sizes = tuple(sorted({check_integer("batch_sizes", b, 1) for b in batch_sizes}))
+    except (TypeError, ValueError):
+        sizes = ()
+    if not sizes:
+        raise ValueError(
+            f"batch_sizes is {batch_sizes!r}; it must be a sequence of integers of at least 1, "
+            "such as (1, 4)"
+        )
     return sizes
 
 

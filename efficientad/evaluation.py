@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from efficientad.calibration import Progress
+from efficientad.checks import check_detector
 from efficientad.data import GOOD, DataSet, Sample, open_dataset
 from efficientad.detector import EfficientAD
+from efficientad.files import plain_text
 from efficientad.images import read_image
 from efficientad.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.prediction import Prediction, distance_maps, image_score, is_anomalous, sized_map
-from efficientad.results import ResultFolder, write_tiff
+from efficientad.results import ResultFolder, unique_names
+
+_LISTED = 20  # names in a note
 
 
 @dataclass
@@ -30,7 +34,8 @@ class Evaluation:
             AU-PRO of the pixels, for MVTec LOCO AD the saturated AU-PRO of its authors, and with a
             threshold the numbers of false alarms and missed defects.
         samples, scores: the test images that were scored, and their scores.
-        failed: (path, reason) of the others.
+        failed: (path, reason) of the others, and of those whose pictures could not be written.
+        notes: sentences about what is missing: masks, and with them the figures of the pixels.
     """
 
     dataset: str
@@ -38,6 +43,7 @@ class Evaluation:
     samples: list[Sample] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -59,7 +65,8 @@ def evaluate(
         data: a `DataSet`, or a folder in the layout of MVTec AD, MVTec LOCO AD or VisA.
         out: folder for `report.html`, `scores.csv` and `scores.json`; None writes nothing.
         maps: also write `maps/<object>/test/<defect>/<stem>.tiff`, float32 at the image's own size,
-            as the MVTec evaluation scripts read them.
+            as the MVTec evaluation scripts read them. Where images of a defect differ in nothing
+            but the suffix, the name keeps it.
         overlays: also write a picture per image.
         notes: sentences for the report.
         batch_size, workers: images per forward pass and decoding threads.
@@ -69,8 +76,9 @@ def evaluate(
     score that is not finite are listed in `failed` and left out of the metrics.
 
     Raises:
-        ValueError: no test images; UncalibratedError: no statistics or quantiles.
+        ValueError: not a detector, no test images; UncalibratedError: no statistics or quantiles.
     """
+    check_detector(detector)
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
     if not dataset.test:
         raise ValueError(
@@ -78,18 +86,22 @@ def evaluate(
         )
     if not detector.calibrated:
         detector.raise_uncalibrated()
-    result = Evaluation(dataset.name, {})
-    folder = None if out is None else ResultFolder(Path(out), detector.threshold)
-    tiffs = None if folder is None or not maps else folder.root / "maps" / dataset.name / "test"
-    if folder is not None and overlays:
-        folder.overlays = folder.root / "overlays"
+    result = Evaluation(dataset.name, {}, notes=[*dataset.notes, *_missing_masks(dataset)])
+    folder = None
+    if out is not None:
+        folder = ResultFolder(
+            Path(out),
+            detector.threshold,
+            overlays=Path(out) / "overlays" if overlays else None,
+            maps=Path(out) / "maps" / dataset.name / "test" if maps else None,
+            failed=result.failed,
+        )
+    names = unique_names([Path(s.defect) / s.path.name for s in dataset.test])
     # Saturated PRO is defined per folder of test images; each accumulator takes up to 48 MB.
     pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)
 
     def fail(path: Path, reason: str) -> None:
-        result.failed.append((str(path), reason))
-        if folder is not None:
-            folder.fail(path, reason)
+        result.failed.append((plain_text(path), plain_text(reason)))
 
     for raw in distance_maps(
         detector,
@@ -103,14 +115,11 @@ def evaluate(
         if progress is not None:
             progress("test images", raw.index + 1, len(dataset.test))
         own_size = sized_map(detector, raw, raw.source_size)
-        name = Path(sample.defect) / sample.path.stem
-        if tiffs is not None:
-            write_tiff(tiffs / name.with_name(f"{name.name}.tiff"), own_size)
         if folder is not None:
             folder.add(
                 Prediction(raw.index, score, detector.threshold, own_size, raw.source_size),
                 sample.path,
-                name,
+                names[raw.index],
                 image=read_image(sample.path),
                 label=sample.label,
                 defect=sample.defect,
@@ -130,8 +139,25 @@ def evaluate(
 
     result.metrics = _figures(result, dataset, pixels, detector.threshold)
     if folder is not None:
+        notes = [*notes, *result.notes]
         folder.close(f"Evaluation on {dataset.name}", metrics=result.metrics, notes=notes)
     return result
+
+
+def _missing_masks(dataset: DataSet) -> list[str]:
+    """A sentence that says why there are no figures of the pixels, if masks are missing."""
+    missing = dataset.without_masks
+    if not missing:
+        return []
+    count = sum(sample.label for sample in dataset.test)
+    if len(missing) == count:
+        return ["No figures of the pixels: no defective test image has a mask."]
+    listed = ", ".join(f"{sample.defect}/{sample.path.name}" for sample in missing[:_LISTED])
+    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+    return [
+        f"No figures of the pixels: {len(missing)} of {count} defective test images have no mask: "
+        f"{listed}{more}."
+    ]
 
 
 def _add_pixels(

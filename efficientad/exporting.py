@@ -1,4 +1,4 @@
-"""Floor 4, imports detector, networks, files: a detector as ONNX or AOTInductor, run and compared.
+"""Floor 4, imports detector, checks, files: a detector as ONNX or AOTInductor, run and compared.
 
 Input `image`: (N, 3, H, W), RGB float32 in 0..1, any N, fixed H and W; image normalisation is
 inside. Outputs `score` (N,) and `anomaly_map` (N, H, W), float32, raw: the threshold is metadata.
@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efficientad.detector import EfficientAD
+from efficientad.checks import check_detector
+from efficientad.detector import EfficientAD, check_pair
 from efficientad.files import replace_file
-from efficientad.networks import check_image_size
 
 FORMATS = {"onnx": ".onnx", "aoti": ".pt2"}
 BATCHES = (1, 3, 8)  # compared with the detector
@@ -85,14 +85,14 @@ def export(
         ImportError: a package is missing; the message has the line that installs it.
         ExportError: no compiler, or a file that gives other numbers, which is removed.
     """
+    check_detector(detector)
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; it must be {' or '.join(map(repr, FORMATS))}")
     path = Path(path)
     if path.suffix != FORMATS[format]:
         raise ValueError(f"path is {path.name!r}; a file of format {format!r} ends in "
                          f"{FORMATS[format]!r}")  # fmt: skip
-    size = detector.image_size if image_size is None else tuple(image_size)
-    check_image_size(*size)
+    size = detector.image_size if image_size is None else check_pair(image_size)
     if not detector.calibrated:
         detector.raise_uncalibrated()
     if path.exists() and not force:
@@ -124,6 +124,7 @@ def metadata(detector: EfficientAD, image_size: tuple[int, int]) -> dict[str, st
     """What the file says about itself."""
     from efficientad import __version__
 
+    license = detector.provenance.get("teacher_license")
     return {
         "efficientad_version": __version__,
         "model": f"EfficientAD-{detector.size}",
@@ -134,6 +135,7 @@ def metadata(detector: EfficientAD, image_size: tuple[int, int]) -> dict[str, st
         "image_width": str(image_size[1]),
         "threshold": "" if detector.threshold is None else repr(float(detector.threshold)),
         "input": "image: (N, 3, H, W), RGB float32 in 0..1",
+        **({} if license is None else {"teacher_license": str(license)}),
     }
 
 

@@ -55,7 +55,7 @@ def read_frame(source: Any) -> Frame:
     if isinstance(source, Tensor) and source.device.type != "cpu":
         return _device_frame(source)
     if isinstance(source, Tensor):
-        source = source.numpy()
+        source = source.detach().numpy()
     if isinstance(source, np.ndarray) and _is_plain(source):
         return source
     try:

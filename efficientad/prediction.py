@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from efficientad.checks import check_detector
 from efficientad.detector import EfficientAD
 from efficientad.devices import full_float32
-from efficientad.images import ImageError, load_batches
+from efficientad.images import ImageError, find_images, load_batches
 
 OnError = Callable[[int, Any, ImageError], None]
 MAP_SIZES = ("source", "input")
@@ -83,8 +85,10 @@ class Prediction:
             raise TypeError("the prediction of one image has no length")
         return len(self.index)
 
-    def __getitem__(self, i: int) -> Prediction:
-        """The i-th image's prediction, a view of this one."""
+    def __getitem__(self, i: int | slice) -> Prediction:
+        """The i-th image's prediction, or that of a batch of neighbouring images; views of this."""
+        if isinstance(i, slice):
+            return self._part(range(len(self))[i])
         i = range(len(self))[i]
         return Prediction(
             self.index[i],
@@ -94,6 +98,21 @@ class Prediction:
             self.source_size[i],
             None if self.image is None else self.image[i],
             serial=self._serial + i,
+            not_numbers=self._not_numbers,
+        )
+
+    def _part(self, places: range) -> Prediction:
+        if places.step != 1:
+            raise ValueError(f"the step of the slice is {places.step}; it must be 1, or left out")
+        part = slice(places.start, places.stop)
+        return Prediction(
+            self.index[part],
+            self.score[part],
+            self.threshold,
+            None if self.anomaly_map is None else self.anomaly_map[part],
+            self.source_size[part],
+            None if self.image is None else self.image[part],
+            serial=self._serial + places.start,
             not_numbers=self._not_numbers,
         )
 
@@ -201,9 +220,29 @@ def image_score(detector: EfficientAD, raw: RawMaps) -> float:
     return detector.anomaly_map(raw.map_st, raw.map_ae, size)[1].item()
 
 
+def as_sources(sources: Any) -> Iterable[Any]:
+    """The images that a caller means; a path stands for what `images.find_images` finds there.
+
+    Raises:
+        ValueError: one image where several belong, no iterable, or a folder without an image.
+        FileNotFoundError: a path where nothing is.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        return find_images(sources)
+    rule = "it must be an iterable of images, or a folder: for one image, a list of it"
+    if isinstance(sources, (np.ndarray, Tensor)):
+        if sources.ndim != 4:
+            raise ValueError(f"sources is an array of shape {tuple(sources.shape)}; {rule}")
+    elif isinstance(sources, (bytes, bytearray, memoryview)) or not (
+        hasattr(sources, "__iter__") or hasattr(sources, "__getitem__")
+    ):
+        raise ValueError(f"sources is a {type(sources).__name__}; {rule}")
+    return sources
+
+
 def predict(
     detector: EfficientAD,
-    sources: Iterable[Any],
+    sources: Iterable[Any] | str | os.PathLike,
     *,
     map_size: str = "source",
     batch_size: int = 8,
@@ -214,7 +253,8 @@ def predict(
 
     Args:
         detector: calibrated; it runs on its own device.
-        sources: paths, encoded bytes, PIL images or uint8 arrays (H, W, 3).
+        sources: paths, encoded bytes, PIL images or uint8 arrays (H, W, 3); or one path, of a
+            folder, which is searched with its subfolders, or of a file.
         map_size: "source" gives each map at its image's own size, "input" at the network's. The
             score does not depend on it.
         batch_size, workers: images per forward pass and decoding threads.
@@ -223,14 +263,16 @@ def predict(
 
     Raises:
         UncalibratedError: the detector has no statistics or quantiles.
-        ValueError: map_size unknown.
+        ValueError: map_size unknown, one image where several belong, a folder without an image.
+        FileNotFoundError: a folder that does not exist.
     """
+    check_detector(detector)
     if map_size not in MAP_SIZES:
         raise ValueError(f"map_size is {map_size!r}; it must be 'source' or 'input'")
     if not detector.calibrated:
         detector.raise_uncalibrated()
     raws = distance_maps(
-        detector, sources, batch_size=batch_size, workers=workers, on_error=on_error
+        detector, as_sources(sources), batch_size=batch_size, workers=workers, on_error=on_error
     )
     return (_prediction(detector, raw, map_size) for raw in raws)
 

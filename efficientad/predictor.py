@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from efficientad import frames as frame_path
-from efficientad.checks import check_map_size
+from efficientad.checks import check_detector, check_map_size, check_threshold
 from efficientad.detector import AnomalyOutput, EfficientAD
 from efficientad.devices import FP8, choose_buckets, choose_device, choose_dtype
 from efficientad.fp8 import build_fp8, check_calibration
@@ -83,6 +83,7 @@ class FastPredictor:
         fp8_layers: str = "second",
     ) -> None:
         start = time.perf_counter()
+        check_detector(detector)
         if not detector.calibrated:
             detector.raise_uncalibrated()
         check_map_size(map_size, MAP_SIZES)
@@ -251,6 +252,7 @@ class FastPredictor:
             ValueError: another network, input size, map padding or score size; always in fp8, whose
                 scales and quantiles belong to the predictor's own detector.
         """
+        check_detector(detector)
         if not detector.calibrated:
             detector.raise_uncalibrated()
         rule = ("size, padding", "image_size", "map_padding", "score_size")
@@ -270,6 +272,15 @@ class FastPredictor:
                 self.threshold = detector.threshold
                 if self._stream is not None:  # the caller may free or change the detector now
                     self._stream.synchronize()
+
+    @property
+    def threshold(self) -> float | None:
+        """A finite number, or None: by which predictions are judged from the next call on."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self._threshold = check_threshold(value)
 
     @property
     def counters(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Floor 4, imports frame_inputs: frames from an iterable to predictions, decoded ahead."""
+"""Floor 4, imports frame_inputs, prediction: frames of an iterable to predictions, read ahead."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from efficientad.checks import check_integer
 from efficientad.frame_inputs import Frame, read_frame
 from efficientad.images import ImageError
-from efficientad.prediction import Prediction
+from efficientad.prediction import Prediction, as_sources
 
 if TYPE_CHECKING:
     from efficientad.predictor import FastPredictor
@@ -41,7 +42,8 @@ def stream(
     Args:
         predictor: a FastPredictor.
         sources: frames as `FastPredictor.__call__` takes a single one; a camera's iterator may be
-            endless. Its own errors are raised where they occur, after all frames before them.
+            endless. Its own errors are raised where they occur, after all frames before them. Or
+            the path of a folder, which is searched with its subfolders.
         policy: "all" answers every frame exactly once. "latest" reads as fast as frames come and
             answers the newest, leaving out those that the device has no time for; `index` tells.
         map_size: as in `FastPredictor.__call__`.
@@ -50,13 +52,13 @@ def stream(
             no prediction; without it the error is raised at its place.
 
     Raises:
-        ValueError: an unknown policy, or no decoding thread.
+        ValueError: an unknown policy, no decoding thread, one frame where several belong, or a
+            folder without an image. FileNotFoundError: a folder that does not exist.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}; it must be 'all' or 'latest'")
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; at least one thread decodes")
-    return _stream(predictor, sources, policy, map_size, workers, on_error)
+    check_integer("workers", workers, 1)
+    return _stream(predictor, as_sources(sources), policy, map_size, workers, on_error)
 
 
 def _stream(predictor, sources, policy, map_size, workers, on_error) -> Iterator[Prediction]:

@@ -69,6 +69,24 @@ def teacher_facts(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} has no readable header: {error}") from None
 
 
+def teacher_license(teacher: PDN | str | os.PathLike | None) -> str | None:
+    """The licence of a teacher as `fit` takes it (None: the default one); None where none is known.
+
+    That of a file is in its header. Weights in memory are known if they are the default teacher's.
+    """
+    try:
+        if isinstance(teacher, PDN):
+            own, default = teacher.state_dict(), default_teacher().state_dict()
+            if teacher.size != "S" or any(
+                not torch.equal(own[name].float().cpu(), default[name]) for name in default
+            ):
+                return None
+            teacher = None
+        return teacher_facts(default_teacher_path() if teacher is None else teacher).get("license")
+    except (ValueError, OSError):  # no such file, or another project's
+        return None
+
+
 def save_teacher(
     path: str | os.PathLike,
     weights: Mapping[str, Tensor],

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,7 +28,7 @@ from efficientad.prefetch import ahead
 from efficientad.run_state import load_state, optimizer_tensors, restore_optimizer, save_state
 from efficientad.sampling import random_numbers
 from efficientad.training_data import Pictures, PictureSource, to_rgb
-from efficientad.training_settings import Settings, TrainingError
+from efficientad.training_settings import Settings, TrainingError, TrainingStopped
 from efficientad.training_step import TERMS, StepInputs, step_losses, teacher_features
 
 FEATURE_CACHE_BYTES = 2 * 2**30  # of teacher features of training images, kept on the device
@@ -133,35 +135,49 @@ class Trainer:
 
         Raises:
             TrainingError: a loss that is not finite. OSError: a state that cannot be written.
+            TrainingStopped: Ctrl-C; the step under way is finished and, with a `checkpoint`, the
+                state written first. A second Ctrl-C does not wait for the step.
         """
         if not self.detector.has_statistics:
             raise ValueError("the channel statistics are not set; call prepare() first")
-        s = self.settings
+        s, evaluate_every = self.settings, evaluate_every if evaluate is not None else 0
         self.detector.student.train()
         self.detector.autoencoder.train()
+        if progress is not None:
+            progress("training", self.step, s.steps)
+        whole = True  # weights, optimizer, sums and step number belong together
+        pictures = ahead(
+            self.source, range(self.step, s.steps), workers=workers, depth=2 * workers + 1
+        )
         try:
-            pictures = ahead(
-                self.source, range(self.step, s.steps), workers=workers, depth=2 * workers + 1
-            )
             for found in pictures:
-                self._one_step(found)
-                due = evaluate is not None and evaluate_every and self.step % evaluate_every == 0
-                if due or self.step % s.log_every == 0 or self.step == s.steps:
-                    entry = self._entry()
-                    if due:
-                        self.detector.eval()
-                        entry |= evaluate()
-                        self.detector.student.train()
-                        self.detector.autoencoder.train()
-                    self.history.append(entry)
-                    if on_history is not None:
-                        on_history(entry)
+                entry = None
+                with _uninterrupted():
+                    whole = False
+                    self._one_step(found)
+                    due = evaluate_every and self.step % evaluate_every == 0
+                    if due or self.step % s.log_every == 0 or self.step == s.steps:
+                        entry = self._entry()
+                        self.history.append(entry)
+                    whole = True
+                if due:
+                    self.detector.eval()
+                    entry |= evaluate()
+                    self.detector.student.train()
+                    self.detector.autoencoder.train()
+                if entry is not None and on_history is not None:
+                    on_history(entry)
                 last = self.step == s.steps
                 if checkpoint is not None and (last or self.step % checkpoint_every == 0):
                     self.save(checkpoint)
                 if progress is not None:
                     progress("training", self.step, s.steps)
+        except KeyboardInterrupt:
+            if whole and checkpoint is not None:
+                self.save(checkpoint)
+            raise TrainingStopped(self.step, checkpoint if whole else None) from None
         finally:
+            pictures.close()
             self.detector.eval()
 
     def _one_step(self, pictures: Pictures) -> None:
@@ -288,3 +304,26 @@ class Trainer:
         self._features.clear()
         self.step, self._summed = int(facts["step"]), int(facts["summed"])
         self.history = list(facts["history"])
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end; a second one does not. Only where it would raise at once."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt

@@ -19,16 +19,24 @@ import torch
 
 from efficientad.calibration import FALSE_POSITIVE_RATE, Progress, calibrate
 from efficientad.checkpoint import CheckpointError, load_teacher, save
+from efficientad.checks import check_flag, check_integer, check_number, check_path
 from efficientad.data import DataSet, open_dataset
 from efficientad.detector import EfficientAD
 from efficientad.devices import choose_device
 from efficientad.files import write_text
 from efficientad.losses import HARD_QUANTILE
 from efficientad.networks import PDN
+from efficientad.teachers import default_teacher, teacher_license
 from efficientad.trainer import Trainer
 from efficientad.training_data import Photos, PictureSource, TrainingImages
 from efficientad.training_device import choose_dtype, determinism
-from efficientad.training_settings import Settings, TrainingError
+from efficientad.training_settings import (
+    Settings,
+    TrainingError,
+    TrainingStopped,
+    check_data,
+    check_files,
+)
 
 __all__ = ["TrainingError", "fit"]
 
@@ -58,6 +66,7 @@ def fit(
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = CHECKPOINT_EVERY,
     resume: bool | str = False,
+    force: bool = False,
     evaluate_every: int = 0,
     log_every: int = 100,
     deterministic: bool = False,
@@ -87,19 +96,24 @@ def fit(
             history, as JSON. checkpoint_every: steps.
         resume: True continues from the checkpoint, "auto" does if it is there, False starts anew.
             On a CPU with the same number of threads the result is the same bit for bit.
+        force: replace a checkpoint that is there, which is refused otherwise.
         evaluate_every: steps between evaluations on the test images; 0 for none.
         log_every: steps between entries of the history.
         deterministic: the same bits again on a GPU too, slower.
         progress: called with (what, done, total). on_history: with every entry of the history.
 
     Returns:
-        The detector, calibrated, float32, on the CPU, in eval mode.
+        The detector, calibrated, float32, on the CPU, in eval mode. `provenance` says what it was
+        made from; "teacher_license" is there where the teacher's file names one, the default's too.
 
     Raises:
-        ValueError: bad arguments, fewer than two readable images, none in a folder.
+        ValueError: bad arguments, fewer than two readable images, none in a folder, none readable
+            of those held out.
         TrainingError: a loss that is not finite, or a checkpoint of another training.
         FileNotFoundError: data, photos, teacher or a checkpoint to resume that do not exist.
+        FileExistsError: a checkpoint is there, and neither `resume` nor `force` is given.
         OSError: a file cannot be written; the last checkpoint is whole.
+        TrainingStopped: Ctrl-C, a KeyboardInterrupt; the step's state is written first.
     """
     started = time.monotonic()
     device = choose_device(device)
@@ -107,24 +121,25 @@ def fit(
         steps, batch_size, seed, learning_rate, weight_decay, hard_quantile,
         choose_dtype(dtype, device), log_every,
     )  # fmt: skip
-    if resume not in (True, False, "auto"):
-        raise ValueError(f"resume is {resume!r}; it must be True, False or 'auto'")
-    if checkpoint_every < 1 or evaluate_every < 0:
-        raise ValueError(
-            f"checkpoint_every is {checkpoint_every}, evaluate_every is {evaluate_every}; the "
-            "first must be >= 1, the second >= 0"
-        )
+    seed, batch_size = settings.seed, settings.batch_size
+    check_number("false_positive_rate", false_positive_rate, 0, 1)
+    flags = {"padding": padding, "warm_start": warm_start, "force": force}
+    for name, value in (flags | {"deterministic": deterministic}).items():
+        check_flag(name, value)
+    check_integer("workers", workers, 0)
+    check_integer("checkpoint_every", checkpoint_every, 1)
+    check_integer("evaluate_every", evaluate_every, 0)
+    if penalty is not None:
+        for folder in penalty if isinstance(penalty, (list, tuple)) else [penalty]:
+            check_path("penalty", folder, "a folder of photos")
+    if teacher is not None and not isinstance(teacher, PDN):
+        check_path("teacher", teacher, "a teacher's file")
+    out, checkpoint, resume = check_files(out, checkpoint, resume, force)
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
-    _check_data(dataset, evaluate_every)
-    if out is not None and not Path(out).parent.is_dir():
-        raise FileNotFoundError(f"{Path(out).parent} is not a folder; create it first")
-    if checkpoint is None and out is not None:
-        checkpoint = Path(out).with_suffix(".training")
-    if resume is True and checkpoint is None:
-        raise ValueError("resume is True; name the checkpoint, or `out` beside which it lies")
-    resume = bool(resume) and checkpoint is not None and (resume is True or _exists(checkpoint))
+    check_data(dataset, evaluate_every)
 
     detector = _new_detector(size, padding, image_size, seed, teacher)
+    license = teacher_license(teacher)
     if warm_start:
         _start_from_teacher(detector)
     identity = {
@@ -195,7 +210,10 @@ def fit(
         detector.requires_grad_(False)
         detector.student.requires_grad_(True)
         detector.autoencoder.requires_grad_(True)
-        calibrated()
+        try:
+            calibrated()
+        except KeyboardInterrupt:
+            raise TrainingStopped(trainer.step, checkpoint) from None
     detector.provenance["training"] = {
         "algorithm": "EfficientAD, arXiv 2303.14535, Algorithm 1",
         "data": dataset.name,
@@ -213,6 +231,8 @@ def fit(
         "unreadable": [*images.failed, *failed, *(photos.failed if photos else [])],
         "last_losses": trainer.history[-1] if trainer.history else None,
     }
+    if license is not None:
+        detector.provenance["teacher_license"] = license
     if out is not None:
         try:
             save(detector, out)
@@ -231,12 +251,15 @@ def _new_detector(
     teacher: PDN | str | os.PathLike | None,
 ) -> EfficientAD:
     """Student and autoencoder as torch initialises them, from the seed; the teacher loaded."""
+    if teacher is None and size == "M":
+        raise ValueError(
+            "size is 'M' and no teacher is named; only a PDN-S teacher comes with the package: "
+            "name the file of a PDN-M teacher with teacher (--teacher)"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         detector = EfficientAD(size, padding=padding, image_size=image_size)
     if teacher is None:
-        from efficientad.teachers import default_teacher
-
         teacher = default_teacher()
     elif not isinstance(teacher, PDN):
         teacher = load_teacher(teacher)
@@ -254,31 +277,12 @@ def _start_from_teacher(detector: EfficientAD) -> None:
     detector.student.load_state_dict({**student, **same})
 
 
-def _check_data(dataset: DataSet, evaluate_every: int) -> None:
-    for part, samples in (("training", dataset.train), ("validation", dataset.validation)):
-        if not samples:
-            raise ValueError(f"{dataset.root} has no {part} images; at least one is needed")
-    if set(dataset.train) == set(dataset.validation):
-        raise ValueError(
-            f"{dataset.root} has one good image; training needs at least two, one to train on and "
-            "another for the validation"
-        )
-    if evaluate_every and not dataset.test:
-        raise ValueError(
-            f"evaluate_every is {evaluate_every} and {dataset.root} has no test images; use 0"
-        )
-
-
 def _digest(teacher: PDN) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(teacher.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return f"PDN-{teacher.size}, sha256 {digest.hexdigest()[:16]}"
-
-
-def _exists(path: str | os.PathLike) -> bool:
-    return Path(path).is_file()
 
 
 def _write_history(checkpoint: str | os.PathLike | None, history: list[dict[str, Any]]) -> None:

@@ -187,6 +187,41 @@ def test_unreadable_images_are_left_out_and_reported(folder, tmp_path):
         calibrate(model, [bad], on_error=lambda *_: None)
 
 
+def test_a_detector_is_as_it_was_after_an_error(folder, tmp_path, monkeypatch):
+    model = EfficientAD("S")
+    model.set_statistics(torch.full((384,), 0.01), torch.full((384,), 0.05))
+    model.set_quantiles(0.1, 0.2, 0.3, 0.4)
+    model.threshold = 0.25
+    before = copy.deepcopy(model)
+    paths = sorted(folder.iterdir())[:3]
+
+    def fail(scores, rate):
+        raise KeyboardInterrupt
+
+    def unchanged() -> bool:
+        names = ("teacher_mean", "teacher_std", "quantiles", "affine")
+        assert all(torch.equal(getattr(model, n), getattr(before, n)) for n in names)
+        return model.calibrated and model.threshold == 0.25 and not model.provenance
+
+    with pytest.raises(ValueError, match="false_positive_rate is 1; it must be in"):
+        calibrate(model, tmp_path / "nowhere", false_positive_rate=1)  # before any image
+    assert unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr("efficientad.calibration.threshold_from_scores", fail)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, paths, statistics=True)
+    assert unchanged()
+    raw = EfficientAD("S")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    held_out = split_good_images(paths[:2], True)[1]
+    assert len(held_out) == 1
+    names = [tmp_path / "bad.png" if path in held_out else path for path in paths[:2]]
+    with pytest.raises(ValueError, match="none of the 1 images for the map quantiles"):
+        calibrate(raw, names, on_error=lambda *_: None)
+    assert not raw.has_statistics
+    assert torch.equal(raw.teacher_std, torch.ones_like(raw.teacher_std))
+
+
 def test_map_file_reads_back_what_was_added_and_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import efficientad as ead
 from efficientad.cli import main
+from efficientad.evaluation import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,16 @@ def test_fail_on_anomaly_gives_3(model_file, images, tmp_path):
         (("predict", "nowhere", "IMAGES"), "nowhere"),
         (("predict", "MODEL", "IMAGES", "--device", "gpu"), "device is 'gpu'"),
         (("predict", "IMAGES/0.png", "IMAGES"), "unknown format"),
+        (("predict", "MODEL", "IMAGES", "--threshold", "nan"), "--threshold is nan"),
+        (("predict", "MODEL", "IMAGES", "--threshold", "inf"), "--threshold is inf"),
+        (("predict", "MODEL", "IMAGES", "--tiles", "32", "--reference"), "leave out --reference"),
+        (("predict", "MODEL", "IMAGES", "--reference", "--dtype", "float16"), "leave one out"),
+        (("predict", "MODEL", "IMAGES", "--batch-size", "0"), "--batch-size is 0"),
+        (("predict", "MODEL", "IMAGES", "--workers", "0"), "--workers is 0"),
+        (("predict", "MODEL", "IMAGES", "--workers", "-3"), "--workers is -3"),
+        (("evaluate", "MODEL", "IMAGES", "--batch-size", "0"), "--batch-size is 0"),
         (("evaluate", "MODEL", "IMAGES"), "no test images"),
+        (("calibrate", "MODEL", "IMAGES", "--workers", "-1"), "--workers is -1"),
         (("convert", "MODEL", "OUT/x.safetensors"), "already"),
         (("calibrate", "MODEL", "IMAGES", "--fpr", "2"), "false_positive_rate is 2"),
         (("calibrate", "MODEL", "IMAGES", "--border", "paper"), "misaligned"),
@@ -110,6 +120,44 @@ def test_wrong_usage_gives_2_and_says_why(model_file, images, tmp_path, capsys, 
     assert error.startswith(f"efficientad {arguments[0]}: error: ")
     assert "Traceback" not in error
     assert model_file.read_bytes() == before
+
+
+def test_fail_on_anomaly_needs_a_threshold(images, tmp_path, capsys):
+    path, out = tmp_path / "no_threshold.safetensors", tmp_path / "out"
+    ead.save(helpers.detector(), path)
+    assert run("predict", path, images, "--out", out, "--fail-on-anomaly") == 2
+    error = capsys.readouterr().err
+    assert "give --threshold" in error
+    assert f"efficientad calibrate {path} GOOD_IMAGES" in error
+    assert not out.exists()
+    common = ("predict", path, images / "0.png", "--out", out, "--no-maps", "--no-overlays")
+    assert run(*common, "--fail-on-anomaly", "--threshold", -1e9) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"), [((), None), (("--batch-size", 1), (1,)), (("--batch-size", 6), (1, 4, 6))]
+)
+def test_batch_size_reaches_the_fast_path(model_file, images, tmp_path, monkeypatch, asked, sizes):
+    seen = []
+
+    def predictor(detector, **options):
+        seen.append(options["batch_sizes"])
+        raise ValueError("seen")
+
+    monkeypatch.setattr("efficientad.predictor.FastPredictor", predictor)
+    assert run("predict", model_file, images, "--out", tmp_path / "out", *asked) == 2
+    assert seen == [sizes]
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_prints_its_notes(model_file, tmp_path, monkeypatch, capsys):
+    for part in ("train/good", "test/good"):
+        (tmp_path / part).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / part / "0.png")
+    result = Evaluation("widget", {"images": 1}, notes=["No figures of the pixels: a reason."])
+    monkeypatch.setattr("efficientad.evaluation.evaluate", lambda *_, **__: result)
+    assert run("evaluate", model_file, tmp_path, "--out", tmp_path / "out") == 0
+    assert "note: No figures of the pixels: a reason.\n" in capsys.readouterr().err
 
 
 def test_no_cuda_is_named_with_the_remedy(model_file, images, monkeypatch, capsys):

@@ -179,7 +179,7 @@ def test_visa(tmp_path: Path) -> None:
 def test_folder(tmp_path: Path) -> None:
     for i in range(30):
         write(tmp_path / "photos" / f"shift{i % 2}" / f"{i}.png")
-    data = open_dataset(tmp_path / "photos")
+    data = open_dataset(tmp_path / "photos", "folder")
     assert (data.layout, data.test, data.has_masks) == ("folder", (), False)
     assert (len(data.train), len(data.validation)) == (27, 3)
     assert all(sample.label == 0 for sample in data.train)
@@ -209,6 +209,56 @@ def test_unclear_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="both visa and mvtec"):
         open_dataset(both)
     assert open_dataset(both, "mvtec").layout == "mvtec"
+
+
+@pytest.mark.parametrize(
+    ("files", "held"),
+    [
+        (("NG/0.png",), "NG"),
+        (("0.png", "scratch/0.png"), "images, scratch"),
+        (("ok/0.png", "stain/0.png"), "ok, stain"),
+        (("part/good/0.png", "part/dent/0.png"), "good, part, part/dent"),
+        (("Defective/0.png",), "Defective"),
+        (("0.png", "bad_parts/0.png"), "bad_parts"),
+        (("rejects-2024/0.png",), "rejects-2024"),
+        (("a/Abnormal/0.png",), "a/Abnormal"),
+        (("Good/0.png", "masks/readme.txt"), "Good, masks"),
+        (("shift0/0.png", "shift1/0.png"), "shift0, shift1"),
+    ],
+)
+def test_folders_that_may_hold_defects_are_refused(tmp_path: Path, files, held) -> None:
+    for name in files:
+        path = tmp_path / "root" / name
+        if path.suffix == ".png":
+            write(path)
+        else:
+            path.parent.mkdir(parents=True)
+            path.touch()
+    with pytest.raises(ValueError, match=r"--layout folder .*layout='folder'") as refused:
+        open_dataset(tmp_path / "root")
+    assert held in str(refused.value)
+    count = sum(name.endswith(".png") for name in files)
+    data = open_dataset(tmp_path / "root", "folder")
+    assert len({*data.train, *data.validation}) == count
+
+
+@pytest.mark.parametrize("name", ["0.png", "good/0.png", "OK/0.png", "part7/Good/0.png"])
+def test_images_of_one_folder_are_good(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "root" / name)
+    (tmp_path / "root/.cache/ng").mkdir(parents=True)
+    assert open_dataset(tmp_path / "root").layout == "folder"
+
+
+@pytest.mark.parametrize("make", [mvtec, loco])
+def test_good_in_capitals_and_empty_test_folders(tmp_path: Path, make) -> None:
+    root = make(tmp_path / "screw")
+    expected = [(s.defect, s.label, len(s.masks)) for s in open_dataset(root).test]
+    (root / "test/good").rename(root / "test/for_a_moment")
+    (root / "test/for_a_moment").rename(root / "test/Good")
+    (root / "test/dent").mkdir()
+    data = open_dataset(root)
+    assert [(s.defect, s.label, len(s.masks)) for s in data.test] == expected
+    assert data.notes == ("The test folder dent holds no image and was left out.",)
 
 
 def test_masks_of_several_sizes_are_refused(tmp_path: Path) -> None:

@@ -63,3 +63,10 @@ def test_what_a_cpu_computes_in(avx512, amx, compiled, multiplies, fastest, monk
     assert devices.cpu_is_fastest_in_bfloat16() == fastest
     chosen = devices.choose_dtype("auto", torch.device("cpu"), "auto")
     assert chosen == (torch.bfloat16 if fastest else torch.float32)
+
+
+@pytest.mark.parametrize("sizes", [4, "14", (1.5,), (True,), (), (0,), ("1",), (1, None)])
+def test_batch_sizes_are_integers(sizes):
+    with pytest.raises(ValueError, match=r"batch_sizes is .*; it must be a sequence of integers"):
+        devices.choose_buckets(sizes, torch.device("cpu"))
+    assert devices.choose_buckets((4, 1, 4), torch.device("cpu")) == (1, 4)

@@ -163,6 +163,47 @@ def test_unreadable_images_and_masks_are_listed_not_fatal(model, mvtec, tmp_path
     assert "broken.png" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_missing_masks_are_listed_with_what_they_cost(model, mvtec, tmp_path):
+    dataset = open_dataset(mvtec)
+    good, first, second, third = dataset.test[0], *dataset.test[3:]
+    bare = [Sample(s.path, 1, "square") for s in (second, third)]
+
+    def some(*test):
+        return DataSet(mvtec, "mvtec", "widget", (), (), test, notes=("A remark.",))
+
+    evaluation = ead.evaluate(model, some(good, first, *bare), out=tmp_path)
+    note = (
+        "No figures of the pixels: 2 of 3 defective test images have no mask: square/1.png, "
+        "square/2.png."
+    )
+    assert evaluation.notes == ["A remark.", note]
+    assert "pixel AU-ROC" not in evaluation.metrics
+    assert note in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "scores.json").read_text())["notes"] == evaluation.notes
+    evaluation = ead.evaluate(model, some(good, bare[0]))
+    assert evaluation.notes[1] == "No figures of the pixels: no defective test image has a mask."
+    evaluation = ead.evaluate(model, some(good, first))
+    assert evaluation.notes == ["A remark."]
+    assert "pixel AU-ROC" in evaluation.metrics
+
+
+def test_images_that_differ_in_the_suffix_keep_their_own_pictures(model, mvtec, tmp_path):
+    sample = open_dataset(mvtec).test[3]
+    image = Image.open(sample.path)
+    paths = [tmp_path / f"square/0.{suffix}" for suffix in ("bmp", "png")]
+    paths[0].parent.mkdir()
+    image.save(paths[0])
+    image.transpose(Image.Transpose.ROTATE_180).save(paths[1])
+    test = tuple(Sample(path, 1, "square") for path in paths)
+    data = DataSet(tmp_path, "mvtec", "widget", (), (), test)
+    ead.evaluate(model, data, out=tmp_path / "out", maps=True, overlays=True)
+    folder = tmp_path / "out" / "maps" / "widget" / "test" / "square"
+    first, second = (tifffile.imread(folder / f"0.{s}.tiff") for s in ("bmp", "png"))
+    assert np.abs(first - second).max() > 1e-3
+    pictures = sorted(p.name for p in (tmp_path / "out" / "overlays" / "square").iterdir())
+    assert pictures == ["0.bmp.png", "0.png.png"]
+
+
 def test_a_data_set_without_test_images_is_refused(model, mvtec):
     dataset = open_dataset(mvtec / "train" / "good", "folder")
     with pytest.raises(ValueError, match=r"no test images; `predict`"):

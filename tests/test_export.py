@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -72,9 +73,18 @@ def test_bad_arguments(model, tmp_path):
         export(model, tmp_path / "a.onnx", "aoti")
     with pytest.raises(ValueError, match=r"image size is 255x300; .* at least 256"):
         export(model, tmp_path / "a.onnx", image_size=(255, 300))
+    with pytest.raises(ValueError, match=r"image_size is 256; it must be \(height, width\)"):
+        export(model, tmp_path / "a.onnx", image_size=256)
     with pytest.raises(ead.UncalibratedError, match="not calibrated"):
         export(ead.EfficientAD(), tmp_path / "a.onnx")
     assert left(tmp_path) == []
+
+
+def test_the_teachers_licence_is_in_the_file(model):
+    assert "teacher_license" not in exporting.metadata(model, (256, 256))
+    own = copy.deepcopy(model)
+    own.provenance["teacher_license"] = "for research"
+    assert exporting.metadata(own, (256, 256))["teacher_license"] == "for research"
 
 
 def test_an_existing_file_stays_unless_forced(model, light, tmp_path):

@@ -94,6 +94,16 @@ def test_a_batch_gives_one_batched_prediction(real, expected):
     assert found[-1].index == 1
     with pytest.raises(IndexError):
         found[2]
+    last = found[1:]
+    assert last.batched
+    assert len(last) == 1
+    assert list(last.index) == [1]
+    assert last.score.tolist() == [float(found[1].score)]
+    assert torch.equal(last[0].anomaly_map, found[1].anomaly_map)
+    assert last.cpu().to_dict()["source_size"] == [[256, 256]]
+    assert len(found[2:]) == 0
+    with pytest.raises(ValueError, match="the step of the slice is 2; it must be 1"):
+        found[::2]
 
 
 def test_host_values(predictor):
@@ -159,6 +169,8 @@ def test_the_threshold_is_a_number_that_can_be_changed(model, monkeypatch):
     for threshold, verdict in ((score + 0.01, False), (score, False), (score - 0.01, True)):
         predictor.threshold = threshold
         assert bool(predictor(frame).is_anomalous) is verdict
+    with pytest.raises(ValueError, match=r"threshold is '0\.5'; it must be a finite number"):
+        predictor.threshold = "0.5"
     predictor.threshold = None
     found = predictor(frame)
     assert found.is_anomalous is None

@@ -9,6 +9,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from efficientad.images import ImageError
 from efficientad.prediction import Prediction
@@ -133,12 +134,37 @@ def test_closing_stops_the_threads():
     assert not [t for t in threading.enumerate() if t.name.startswith("efficientad-")]
 
 
+def test_a_folder_is_searched(tmp_path):
+    for i in range(3):
+        Image.fromarray(frame(i + 1)).save(tmp_path / f"{i}.png")
+    for source in (tmp_path, str(tmp_path)):
+        assert [float(p.score) for p in stream(Stub(), source)] == [1, 2, 3]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        stream(Stub(), str(tmp_path / "nowhere"))
+    answers = stream(Stub(), [tmp_path / "0.png", tmp_path])
+    assert next(answers).index == 0
+    with pytest.raises(ImageError, match="it is a folder, not an image file"):
+        next(answers)
+
+
+@pytest.mark.parametrize("source", [frame(0), torch.tensor(frame(0)), b"bytes", 3, None])
+def test_one_frame_is_no_stream(source):
+    with pytest.raises(ValueError, match=r"sources is .*; it must be an iterable of images"):
+        stream(Stub(), source)
+    batch = np.stack([frame(1), frame(2)])
+    assert [float(p.score) for p in stream(Stub(), batch)] == [1, 2]
+
+
 def test_an_empty_stream_ends():
     assert list(stream(Stub(), [])) == []
 
 
 def test_bad_arguments():
-    for options, message in (({"policy": "some"}, "policy is 'some'"), ({"workers": 0}, "workers")):
+    for options, message in (
+        ({"policy": "some"}, "policy is 'some'"),
+        ({"workers": 0}, "workers is 0"),
+        ({"workers": 1.5}, r"workers is 1\.5; it must be an integer >= 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             stream(Stub(), [], **options)
 

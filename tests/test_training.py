@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import signal
 import subprocess
@@ -10,16 +12,19 @@ import warnings
 from pathlib import Path
 
 import helpers_training
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers_training import thin_detector, thin_trainer, write_pictures
 
-from efficientad import EfficientAD, load, run_state, training
+from efficientad import EfficientAD, load, run_state, teachers, training
 from efficientad.cli_train import add_train, run_train
+from efficientad.data import open_dataset
 from efficientad.networks import PDN
+from efficientad.trainer import Trainer
 from efficientad.training import TrainingError, fit
-from efficientad.training_settings import Settings
+from efficientad.training_settings import Settings, TrainingStopped
 from efficientad.training_step import StepInputs, step_losses
 
 
@@ -286,6 +291,63 @@ def test_full_disk_leaves_the_last_state(folder, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
+def interrupted_in(monkeypatch, step: int, times: int = 1) -> None:
+    """Ctrl-C while this step is under way."""
+    whole_step = Trainer._eager
+
+    def one(self, inputs):
+        for _ in range(times if self.step == step else 0):
+            signal.raise_signal(signal.SIGINT)
+        return whole_step(self, inputs)
+
+    monkeypatch.setattr(Trainer, "_eager", one)
+
+
+def test_ctrl_c_finishes_the_step_and_writes_the_state(folder, tmp_path, monkeypatch):
+    """And what continues from it has the bits of an unbroken training."""
+    expected = unbroken(folder, 5)
+    with monkeypatch.context() as patch:
+        interrupted_in(patch, 2)
+        first = thin_trainer(folder, 5)
+        first.prepare()
+        with pytest.raises(TrainingStopped, match=r"stopped at step 3; the state is in .*state"):
+            first.run(checkpoint=tmp_path / "state")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    second = thin_trainer(folder, 5)
+    second.resume(tmp_path / "state")
+    assert second.step == 3
+    seen = []
+    second.run(progress=lambda what, done, total: seen.append(done))
+    assert seen == [3, 4, 5]  # the first is where it was resumed
+    assert_same_bits(weights(second), weights(expected))
+    assert second.history == expected.history
+
+
+def test_a_second_ctrl_c_leaves_the_older_state(folder, tmp_path, monkeypatch):
+    interrupted_in(monkeypatch, 3, times=2)
+    trainer = thin_trainer(folder, 5)
+    trainer.prepare()
+    with pytest.raises(TrainingStopped, match="stopped at step 3; no state of that step"):
+        trainer.run(checkpoint=tmp_path / "state", checkpoint_every=2)
+    again = thin_trainer(folder, 5)
+    again.resume(tmp_path / "state")
+    assert again.step == 2
+
+
+def test_ctrl_c_in_an_evaluation_keeps_the_entry(folder, tmp_path):
+    trainer = thin_trainer(folder, 5)
+    trainer.prepare()
+
+    def evaluate():
+        raise KeyboardInterrupt
+
+    with pytest.raises(TrainingStopped, match="stopped at step 3"):
+        trainer.run(checkpoint=tmp_path / "state", evaluate=evaluate, evaluate_every=3)
+    again = thin_trainer(folder, 5)
+    again.resume(tmp_path / "state")
+    assert [e["step"] for e in again.history] == [2, 3]
+
+
 def test_loss_that_is_not_finite_stops_the_training(folder):
     trainer = thin_trainer(folder, 4)
     trainer.prepare()
@@ -390,11 +452,66 @@ def test_absent_penalty_is_said(folder, thin):
         ({"device": "tpu9"}, "device is 'tpu9'"),
         ({"evaluate_every": 5}, "has no test images"),
         ({"size": "M"}, "the teacher is a PDN-S"),
+        ({"size": "M", "teacher": None}, r"only a PDN-S teacher comes with .* \(--teacher\)"),
+        ({"teacher": 3}, "teacher is 3; it must be the path of a teacher's file"),
+        ({"false_positive_rate": 1}, r"false_positive_rate is 1; it must be in \[0, 1\)"),
+        ({"false_positive_rate": "0.1"}, r"false_positive_rate is '0\.1'; it must be in"),
+        ({"seed": "a"}, "seed is 'a'; it must be an integer"),
+        ({"steps": True}, "steps is True; it must be an integer >= 1"),
+        ({"workers": 1.5}, r"workers is 1\.5; it must be an integer >= 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0; it must be an integer >= 1"),
+        ({"evaluate_every": 2.5}, r"evaluate_every is 2\.5; it must be an integer >= 0"),
+        ({"learning_rate": None}, "learning_rate is None; it must be a finite number > 0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a finite number > 0"),
+        ({"weight_decay": "0"}, "weight_decay is '0'; it must be a finite number >= 0"),
+        ({"padding": "no"}, "padding is 'no'; it must be True or False"),
+        ({"warm_start": "no"}, "warm_start is 'no'; it must be True or False"),
+        ({"deterministic": 1}, "deterministic is 1; it must be True or False"),
+        ({"penalty": 3}, "penalty is 3; it must be the path of a folder of photos"),
+        ({"out": 3}, "out is 3; it must be the path of a file"),
+        ({"resume": 1}, "resume is 1; it must be True"),
     ],
 )
 def test_bad_arguments(folder, options, message):
+    defaults = {"device": "cpu", "steps": 1, "teacher": PDN("S")}
     with pytest.raises(ValueError, match=message):
-        quiet_fit(folder / "good", teacher=PDN("S"), **{"device": "cpu", "steps": 1, **options})
+        quiet_fit(folder / "good", **{**defaults, **options})
+
+
+def test_what_cannot_be_written_is_found_before_the_work(folder, tmp_path, monkeypatch):
+    def work(*arguments):
+        raise AssertionError("the training began")
+
+    monkeypatch.setattr(training, "_new_detector", work)
+    (tmp_path / "file").write_text("mine")
+    places = [
+        ({"out": tmp_path}, ValueError, "out is .*, a folder; it must name a file"),
+        ({"checkpoint": tmp_path}, ValueError, "checkpoint is .*, a folder"),
+        ({"checkpoint": tmp_path / "file" / "below" / "state"}, FileNotFoundError, "not a folder"),
+        ({"out": tmp_path / "x.training"}, ValueError, "out and checkpoint are both"),
+        ({"out": tmp_path / ("x" * 300)}, OSError, "File name too long"),
+    ]
+    if Path("/proc/self").exists():
+        places.append(({"out": "/proc/x.safetensors"}, OSError, "out is .*cannot be written"))
+        places.append(({"checkpoint": "/proc/x"}, OSError, "checkpoint is .*cannot be written"))
+    for options, error, message in places:
+        with pytest.raises(error, match=message):
+            fit(folder / "good", device="cpu", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(AssertionError, match="began"):
+        fit(folder / "good", device="cpu", checkpoint=tmp_path / "new" / "state")
+
+
+def test_held_out_images_that_cannot_be_read_are_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_new_detector", lambda *_: pytest.fail("the training began"))
+    write_pictures(tmp_path, 12)
+    held_out = open_dataset(tmp_path).validation
+    assert len(held_out) == 2
+    for sample in held_out:
+        sample.path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="none of the 2 held-out images can be read") as caught:
+        fit(tmp_path, device="cpu")
+    assert all(str(sample.path) in str(caught.value) for sample in held_out)
 
 
 def test_bad_data(folder, tmp_path, thin):
@@ -408,8 +525,13 @@ def test_bad_data(folder, tmp_path, thin):
         quiet_fit(tmp_path / "one")
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / "empty" / name).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="none of the 1 held-out images can be read"):
+        quiet_fit(tmp_path / "empty", device="cpu")
+    held_out = open_dataset(tmp_path / "empty").validation[0].path
+    held_out.write_bytes((folder / "good" / "000.png").read_bytes())
     with pytest.raises(ValueError, match="none of the 2 training images can be read"):
         quiet_fit(tmp_path / "empty", device="cpu")
+    held_out.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="none of the 3 photos"):
         quiet_fit(folder / "good", penalty=tmp_path / "empty", steps=1, device="cpu")
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -420,16 +542,73 @@ def test_bad_data(folder, tmp_path, thin):
         quiet_fit(folder / "good", checkpoint=tmp_path / "none", resume=True, device="cpu")
 
 
+def test_a_checkpoint_is_not_replaced_unasked(folder, tmp_path, thin):
+    options = {"steps": 2, "device": "cpu", "checkpoint": tmp_path / "state"}
+    quiet_fit(folder / "good", **options)
+    before = (tmp_path / "state").read_bytes()
+    with pytest.raises(FileExistsError, match=r"resume \(--resume\) .* force \(--force\)"):
+        quiet_fit(folder / "good", **{**options, "steps": 1})
+    assert (tmp_path / "state").read_bytes() == before
+    continued = quiet_fit(folder / "good", resume="auto", **options)
+    assert continued.provenance["training"]["resumed_at_step"] == 2
+    anew = quiet_fit(folder / "good", force=True, **{**options, "steps": 1})
+    assert anew.provenance["training"]["resumed_at_step"] is None
+    assert (tmp_path / "state").read_bytes() != before
+
+
+def train(*words) -> int:
+    parser = argparse.ArgumentParser()
+    add_train(parser.add_subparsers(dest="command"))
+    common = ["--steps", "4", "--log-every", "1", "--device", "cpu"]
+    return run_train(parser.parse_args(["train", *map(str, words), *common]))
+
+
+def test_the_command_stops_and_resumes_and_says_so(folder, tmp_path, thin, monkeypatch, capsys):
+    monkeypatch.setattr(training, "save", lambda detector, path: None)
+    out, state = tmp_path / "a.safetensors", tmp_path / "a.training"
+    words = (folder / "good", "--out", out)
+    with monkeypatch.context() as patch:
+        interrupted_in(patch, 1)
+        assert train(*words, "--resume") == 130
+    printed = capsys.readouterr()
+    assert f"no state in {state}: the training starts anew" in printed.out
+    assert printed.out.count("non-commercial research use only") == 1
+    assert f"stopped at step 2; the state is in {state}, continue with --resume" in printed.err
+    with pytest.raises(FileExistsError, match=r"--resume.*--force"):
+        train(*words)
+    assert train(*words, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert "resumed at step 2\nstep 3/4" in printed
+    assert "anew" not in printed
+    assert train(*words, "--force") == 0
+    assert "resumed" not in capsys.readouterr().out
+
+
+def test_the_licence_of_the_teacher_is_in_the_provenance(folder, tmp_path, thin):
+    license = quiet_fit(folder / "good", steps=1, device="cpu").provenance["teacher_license"]
+    assert license == teachers.default_teacher_facts()["license"]
+    assert "non-commercial research use only" in license
+    assert teachers.teacher_license(teachers.default_teacher()) == license
+    own = PDN("S")
+    assert teachers.teacher_license(own) is None
+    teachers.save_teacher(tmp_path / "own.safetensors", own.state_dict(), size="S", license="mine")
+    torch.save(own.state_dict(), tmp_path / "own.pth")
+    assert teachers.teacher_license(tmp_path / "own.safetensors") == "mine"
+    assert teachers.teacher_license(tmp_path / "own.pth") is None
+    options = {"steps": 1, "device": "cpu", "teacher": tmp_path / "own.pth"}
+    assert "teacher_license" not in quiet_fit(folder / "good", **options).provenance
+
+
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="log_every is 0"):
         Settings(log_every=0)
+    settings = Settings(seed=np.int64(3), learning_rate=np.float32(0.5))
+    assert json.loads(json.dumps(dataclasses.asdict(settings)))["learning_rate"] == 0.5
 
 
 @pytest.mark.slow
 def test_the_real_networks_from_the_command_line(folder, tmp_path, capsys):
     """PDN-S for two steps: the file that comes out is loaded, checked and used."""
-    import argparse
-
     torch.manual_seed(0)
     write_pictures(tmp_path / "good", 3)
     torch.save(PDN("S").state_dict(), tmp_path / "teacher.pth")
