@@ -1,7 +1,7 @@
 """Floor 5, imports everything below: the command line.
 
 Exit codes: 0 ran; 1 ran, but some inputs failed (they are listed); 2 wrong usage or an unusable
-model or data set; 3 with --fail-on-anomaly, an image was judged anomalous.
+model or data set; 3 with --fail-on-anomaly, an image was judged anomalous; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
