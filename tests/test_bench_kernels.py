@@ -141,6 +141,8 @@ class FakeCuda:
         fake, cuda = self, torch.cuda
 
         class Stream:
+            device = torch.device("cuda", 0)
+
             def wait_stream(self, other):
                 pass
 
@@ -164,7 +166,7 @@ class FakeCuda:
                 fake.now += self.calls * fake.us
 
         @contextlib.contextmanager
-        def capture(graph, capture_error_mode):
+        def capture(graph, pool, stream, capture_error_mode):
             if not capturable:
                 raise RuntimeError("operation not permitted when stream is capturing")
             fake.capturing = graph
@@ -174,7 +176,7 @@ class FakeCuda:
         default = Stream()
         values = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": capture}
         values |= {"current_stream": lambda: default, "synchronize": lambda *device: None}
-        values |= {"stream": lambda s: contextlib.nullcontext()}
+        values |= {name: lambda where: contextlib.nullcontext() for name in ("stream", "device")}
         values |= {"set_stream": lambda s: setattr(fake, "stream_set", s is default)}
         for name, value in values.items():
             monkeypatch.setattr(cuda, name, value)

@@ -303,6 +303,15 @@ def interrupted_in(monkeypatch, step: int, times: int = 1) -> None:
     monkeypatch.setattr(Trainer, "_eager", one)
 
 
+@pytest.fixture
+def foreground():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_finishes_the_step_and_writes_the_state(folder, tmp_path, monkeypatch):
     """And what continues from it has the bits of an unbroken training."""
     expected = unbroken(folder, 5)
@@ -323,6 +332,7 @@ def test_ctrl_c_finishes_the_step_and_writes_the_state(folder, tmp_path, monkeyp
     assert second.history == expected.history
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_leaves_the_older_state(folder, tmp_path, monkeypatch):
     interrupted_in(monkeypatch, 3, times=2)
     trainer = thin_trainer(folder, 5)
@@ -563,6 +573,7 @@ def train(*words) -> int:
     return run_train(parser.parse_args(["train", *map(str, words), *common]))
 
 
+@pytest.mark.usefixtures("foreground")
 def test_the_command_stops_and_resumes_and_says_so(folder, tmp_path, thin, monkeypatch, capsys):
     monkeypatch.setattr(training, "save", lambda detector, path: None)
     out, state = tmp_path / "a.safetensors", tmp_path / "a.training"
