@@ -39,8 +39,8 @@ const Level* best() {
 
 std::atomic<const Level*> chosen{nullptr};
 
-constexpr int64_t kShare = 16;  // output rows; neighbours resize one output row's source rows twice
-constexpr int32_t kBlock = 16;  // output pixels whose source pixels stay in the first-level cache
+constexpr int64_t kShare = 32;  // output rows; neighbours resize one output row's source rows twice
+constexpr int32_t kBlock = 32;  // output pixels whose source pixels stay in the first-level cache
 
 // body(first row, end) over all rows, in steps of `step`.
 void over_rows(int64_t rows, int64_t step, int64_t values,
