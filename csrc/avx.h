@@ -12,10 +12,11 @@ namespace {
 // A pixel lives in four lanes; the fourth holds its right neighbour's red and is never used.
 // `rows` rows share each weight that is loaded.
 template <int kCount>
-void pixels_of(const float* from, int64_t from_stride, const Taps& taps, float* to) {
-  const int64_t to_stride = 4 * static_cast<int64_t>(taps.size);
+void pixels_of(const float* from, int64_t n, int64_t left, const Taps& taps, uint8_t* to,
+               int64_t pitch) {
+  const __m128 half = _mm_set1_ps(0.5f);
   for (int32_t i = 0; i < taps.size; ++i) {
-    const float* at = from + 3 * static_cast<int64_t>(taps.spans[2 * i]);
+    const float* at = from + 3 * (taps.spans[2 * i] - left);
     const float* weights = taps.weights + static_cast<int64_t>(i) * taps.width;
     const int32_t count = taps.spans[2 * i + 1];
     __m128 sums[kCount];
@@ -23,17 +24,23 @@ void pixels_of(const float* from, int64_t from_stride, const Taps& taps, float* 
     for (int32_t k = 0; k < count; ++k, at += 3) {
       const __m128 weight = _mm_broadcast_ss(weights + k);
       for (int row = 0; row < kCount; ++row)
-        sums[row] = _mm_fmadd_ps(weight, _mm_loadu_ps(at + row * from_stride), sums[row]);
+        sums[row] = _mm_fmadd_ps(weight, _mm_loadu_ps(at + row * (3 * n + 3)), sums[row]);
     }
-    for (int row = 0; row < kCount; ++row) _mm_storeu_ps(to + row * to_stride + 4 * i, sums[row]);
+    for (int row = 0; row < kCount; ++row) {
+      const __m128i level = _mm_cvttps_epi32(_mm_add_ps(sums[row], half));
+      const __m128i words = _mm_packus_epi32(level, level);
+      const int32_t bytes = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+      memcpy(to + row * pitch + 4 * i, &bytes, 4);
+    }
   }
 }
 
-void pixels_avx(const float* from, int64_t from_stride, int rows, const Taps& taps, float* to) {
-  using Pixels = void (*)(const float*, int64_t, const Taps&, float*);
+void pixels_avx(const float* from, int64_t n, int64_t left, int rows, const Taps& taps,
+                uint8_t* to, int64_t pitch) {
+  using Pixels = void (*)(const float*, int64_t, int64_t, const Taps&, uint8_t*, int64_t);
   static const Pixels all[kRows] = {pixels_of<1>, pixels_of<2>, pixels_of<3>, pixels_of<4>,
                                     pixels_of<5>, pixels_of<6>, pixels_of<7>, pixels_of<8>};
-  all[rows - 1](from, from_stride, taps, to);
+  all[rows - 1](from, n, left, taps, to, pitch);
 }
 
 // Two pixels: 8 floats -> 8 bfloat16 in the low halves of 8 words, rounded to nearest even.

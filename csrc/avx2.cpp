@@ -54,8 +54,8 @@ struct Vector {
 extern const Level kAvx2 = {
     "avx2",
     columns_avx2,
+    spread_rows<columns_avx2>,
     pixels_avx,
-    whole_loop,
     pack_avx,
     blend_loop,
     overlay_loop,

@@ -88,26 +88,11 @@ void set_level(const std::string& name) {
   throw std::invalid_argument("level is '" + name + "'; this processor does not have it");
 }
 
-namespace {
-
-// RGB floats of `count` pixels of a row, and three zeros behind them, which pixels() reads, too.
-void floats_of(const Level& level, const Frame& frame, int64_t y, int64_t left, int64_t count,
-               float* to) {
-  const float one = 1.0f;
-  const uint8_t* at = frame.data + y * frame.pitch + left * frame.channels;
-  level.columns(at, frame.pitch, &one, 1, count * frame.channels, to);
-  if (frame.channels == 1)  // from the end, so that nothing is overwritten before it is read
-    for (int64_t x = count - 1; x >= 0; --x) to[3 * x] = to[3 * x + 1] = to[3 * x + 2] = to[x];
-  std::fill(to + 3 * count, to + 3 * count + 3, 0.0f);
-}
-
-}  // namespace
-
 void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, const Normal& normal,
                  const Packed& out) {
   const Level& level = current();
   const int64_t row_bytes = static_cast<int64_t>(frame.width) * frame.channels;
-  const int64_t stride = 3 * static_cast<int64_t>(frame.width) + 4;  // pixels() reads over the end
+  const int64_t spread = 4 * kRows * (static_cast<int64_t>(frame.width) + 3);  // floats of a block
   const int64_t pixel = (out.kind == kFloat32 ? 4 : 2) * out.channels;
   const int64_t line = pixel * (out.width + 2 * out.border), side = pixel * out.border;
   uint8_t* const image = static_cast<uint8_t*>(out.data);
@@ -129,8 +114,8 @@ void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, cons
       top = std::min(top, start);
       bottom = std::max(bottom, stop);
     }
-    float* lines = scratch(kRows * (stride + 4 * kBlock) + wide + (bottom - top) * wide / 4);
-    float *pixels = lines + kRows * stride, *sums = pixels + kRows * 4 * kBlock;
+    float* pixels = scratch(spread + wide + (bottom - top) * wide / 4);
+    float* sums = pixels + spread;
     uint8_t* levels = reinterpret_cast<uint8_t*>(sums + wide);
     for (int64_t y = top; y < bottom; y += kRows) {
       const int count = static_cast<int>(std::min<int64_t>(kRows, bottom - y));
@@ -139,12 +124,10 @@ void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, cons
         const int32_t* spans = columns.spans + 2 * x;
         const Taps here = {spans, columns.weights + static_cast<int64_t>(x) * columns.width,
                            columns.width, size};
-        const int64_t left = spans[0], pixels_here = spans[2 * size - 2] + spans[2 * size - 1] - left;
-        for (int r = 0; r < count; ++r)
-          floats_of(level, frame, y + r, left, pixels_here, lines + r * stride);
-        level.pixels(lines - 3 * left, stride, count, here, pixels);
-        for (int r = 0; r < count; ++r)
-          level.whole(pixels + r * 4 * size, 4 * size, levels + (y + r - top) * wide + 4 * x);
+        const int64_t left = spans[0], n = spans[2 * size - 2] + spans[2 * size - 1] - left;
+        const uint8_t* at = frame.data + y * frame.pitch + left * frame.channels;
+        level.spread(at, frame.pitch, frame.channels, count, n, pixels);
+        level.pixels(pixels, n, left, count, here, levels + (y - top) * wide + 4 * x, wide);
       }
     }
     for (int64_t y = first; y < end; ++y) {

@@ -16,12 +16,13 @@ struct Level {
   // out[i] = column_sum(at + i, ...) for i < n.
   void (*columns)(const uint8_t* at, int64_t pitch, const float* weights, int32_t count, int64_t n,
                   float* out);
-  // RGBX sums of `rows` rows from their RGB floats: row r of `from` starts at
-  // r * from_stride (three more floats may be read behind its end), row r of `to` at
-  // r * 4 * taps.size; the fourth channel is undefined.
-  void (*pixels)(const float* from, int64_t from_stride, int rows, const Taps& taps, float* to);
-  // out[i] = whole(from[i]) for i < n, at most 255.
-  void (*whole)(const float* from, int64_t n, uint8_t* out);
+  // Floats of n pixels of `rows` rows that lie `pitch` bytes apart, as pixels() reads them: at most
+  // 4 * kRows * (n + 3) of them.
+  void (*spread)(const uint8_t* at, int64_t pitch, int32_t channels, int rows, int64_t n, float* to);
+  // RGBX levels of `rows` resized rows, `pitch` bytes apart, from n pixels by spread(), of which the
+  // first is the source's pixel `left`. The fourth level is undefined.
+  void (*pixels)(const float* from, int64_t n, int64_t left, int rows, const Taps& taps,
+                 uint8_t* to, int64_t pitch);
   // Normalises the whole levels of n RGBX sums and stores 3 or 4 channels of them.
   void (*pack)(const float* from, int64_t n, const Normal& normal, int32_t channels, int32_t kind,
                void* out);

@@ -26,8 +26,8 @@ struct Vector {
 extern const Level kPortable = {
     "portable",
     columns_loop,
+    spread_rows<columns_loop>,
     pixels_loop,
-    whole_loop,
     pack_loop,
     blend_loop,
     overlay_loop,

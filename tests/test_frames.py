@@ -136,6 +136,9 @@ def test_taps_are_the_triangle_filter_in_float64():
         (_, _, width, _), (spans, weights) = frame_native.taps(
             source, target, True, torch.device("cpu")
         )
+        ends = spans[:, 0] + spans[:, 1]
+        assert (spans.diff(dim=0)[:, 0] >= 0).all()  # blocks of outputs read blocks of the source
+        assert (ends.diff() >= 0).all()
         support = max(source / target, 1.0)
         cells = np.arange(source) + 0.5
         for i in range(target):
