@@ -17,7 +17,7 @@ from torch import Tensor
 from efficientad import reference
 from efficientad.detector import EfficientAD
 from efficientad.devices import FP8, full_float32
-from efficientad.folded_network import FoldedNetwork
+from efficientad.folded_network import FoldedNetwork, network_name
 from efficientad.folding import FoldedWeights, fold
 from efficientad.folding_fp8 import fold_fp8
 from efficientad.forward import Plan, Workspace, autoencoder, distance_maps, forward, trunk
@@ -161,15 +161,13 @@ class TorchBackend:
     dtype: float32, float16 (CUDA only), bfloat16 or float64.
     """
 
-    name = "folded torch network"
     channels = 3
     border = 0
 
     def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.network = FoldedNetwork(detector, dtype, device)
-        if self.network.compiled:
-            self.name = f"{self.name}, compiled convolutions"
+        self.name = network_name(dtype, device)
         wide = torch.promote_types(dtype, torch.float32)
         self._mean, self._std, self._affine = (
             value.flatten().to(device, wide, copy=True)

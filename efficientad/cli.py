@@ -18,6 +18,7 @@ from efficientad.cli_benchmark import run_benchmark
 from efficientad.cli_common import (
     EXIT_OK,
     EXIT_SOME_FAILED,
+    EXIT_STOPPED,
     EXIT_USAGE,
     UsageError,
     check_running,
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except KeyboardInterrupt:
         print(f"efficientad {options.command}: stopped", file=sys.stderr)
-        return 130
+        return EXIT_STOPPED
 
 
 # ---- commands --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from efficientad.detector import EfficientAD
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ANOMALY = 0, 1, 2, 3
+EXIT_STOPPED = 130  # by Ctrl-C
 
 
 class UsageError(ValueError):

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 OnError = Callable[[int, Any, Any], None]
 Run = Callable[[list[Path], OnError], "Iterator[Prediction]"]
-_BATCH_SIZES = (1, 4, 16)
 
 
 def run_predict(options: argparse.Namespace) -> int:
@@ -163,11 +162,12 @@ def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:
             workers=options.workers,
             on_error=on_error,
         )
+    from efficientad.devices import DEFAULT_BUCKETS
     from efficientad.predictor import FastPredictor
 
     most, sizes = options.batch_size, None
     if most is not None:
-        sizes = (*(size for size in _BATCH_SIZES if size < most), most)
+        sizes = (*(size for size in DEFAULT_BUCKETS["cuda"] if size < most), most)
     predictor = FastPredictor(
         detector, device=options.device, dtype=options.dtype, batch_sizes=sizes
     )

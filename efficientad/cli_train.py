@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from efficientad.cli_common import EXIT_STOPPED
+
 
 def add_train(commands: Any) -> None:
     """Add the parser of `train` to the subparsers of the command line."""
@@ -75,7 +77,7 @@ def run_train(options: argparse.Namespace) -> int:
     from efficientad.data import open_dataset
     from efficientad.teachers import teacher_license
     from efficientad.training import fit
-    from efficientad.training_settings import TrainingStopped
+    from efficientad.training_settings import TrainingStopped, state_beside
 
     if options.out.exists() and not options.force and not options.resume:
         raise ValueError(
@@ -92,7 +94,7 @@ def run_train(options: argparse.Namespace) -> int:
     license = teacher_license(options.teacher) if options.teacher or options.size == "S" else None
     if license is not None:
         print(f"licence of the teacher, and so of the detector: {license}")
-    checkpoint = options.checkpoint or options.out.with_suffix(".training")
+    checkpoint = options.checkpoint or state_beside(options.out)
     resumed = options.resume and checkpoint.exists()
     if options.resume and not resumed:
         print(f"no state in {checkpoint}: the training starts anew")
@@ -129,11 +131,8 @@ def run_train(options: argparse.Namespace) -> int:
                 on_history=_Lines(options.steps),
             )
         except TrainingStopped as stopped:
-            state = "no state of that step was written"
-            if stopped.checkpoint is not None:
-                state = f"the state is in {stopped.checkpoint}, continue with --resume"
-            print(f"stopped at step {stopped.step}; {state}", file=sys.stderr)
-            return 130
+            print(stopped, file=sys.stderr)
+            return EXIT_STOPPED
     facts = detector.provenance["training"]
     held_out = detector.provenance["calibration"]["threshold_rests_on"]
     print(f"threshold {detector.threshold:.6g} from {held_out} held-out images")

@@ -1,4 +1,4 @@
-"""Floor 4, imports devices, frames, native_conv, ops, teachers: what is installed and would run."""
+"""Floor 4, imports backends, devices, frames, ops, teachers: what is installed and would run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from efficientad import __version__, native_conv
+from efficientad import __version__
+from efficientad.backends import KernelBackend
 from efficientad.devices import choose_dtype
+from efficientad.folded_network import network_name
 from efficientad.frames import native_info
 from efficientad.ops import choose_backend
 from efficientad.teachers import default_teacher_facts
@@ -29,10 +31,9 @@ def environment() -> dict[str, Any]:
     else:
         facts["device"] = f"cpu, {torch.get_num_threads()} threads"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {"triton": "triton kernels", "torch": "folded torch network"}[choose_backend(device)]
     dtype = choose_dtype("auto", device, "auto")
-    if device.type == "cpu" and dtype == torch.float32 and native_conv.available():
-        chosen += ", compiled convolutions"
+    kernels = choose_backend(device) == "triton"
+    chosen = KernelBackend.name if kernels else network_name(dtype, device)
     facts["fast path"] = f"{chosen}, {str(dtype).removeprefix('torch.')}"
     try:
         facts["default teacher"] = default_teacher_facts()["license"]

@@ -20,6 +20,17 @@ from efficientad.folded_native import NativeNetwork
 from efficientad.networks import PDN_LAYERS, TEACHER_CHANNELS, decoder_sizes
 
 
+def is_compiled(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the compiled convolutions compute the network in this dtype, there."""
+    return dtype == torch.float32 and device.type == "cpu" and native_conv.available()
+
+
+def network_name(dtype: torch.dtype, device: torch.device) -> str:
+    """What a user is told computes."""
+    compiled = ", compiled convolutions" if is_compiled(dtype, device) else ""
+    return f"folded torch network{compiled}"
+
+
 class FoldedNetwork(nn.Module):
     """Distance maps of normalised images, in one computing dtype.
 
@@ -46,18 +57,10 @@ class FoldedNetwork(nn.Module):
 
     def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | None:
         """The network in compiled convolutions, where they compute in its dtype."""
-        weight = self.st_weight
-        if weight.dtype != torch.float32 or weight.device.type != "cpu":
-            return None
-        if not native_conv.available():
+        if not is_compiled(self.st_weight.dtype, self.st_weight.device):
             return None
         tensors = {name: value.cpu() for name, value in tensors.items()}
         return NativeNetwork(tensors, self.size, self.padding)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the compiled convolutions compute it."""
-        return self._native is not None
 
     @torch.no_grad()
     def reload(self, detector: EfficientAD) -> None:

@@ -108,17 +108,23 @@ def _device_table(source: int, target: int, antialias: bool, device: torch.devic
 
 
 @lru_cache(maxsize=8)
-def color_table(device: torch.device) -> Tensor:
+def color_table(device: torch.device) -> tuple[Tensor]:
     table = np.concatenate([colors.colorbar(256, 1)[0], np.array([colors.NAN_COLOR], np.uint8)])
-    return torch.from_numpy(table).to(device)
+    return (torch.from_numpy(table).to(device),)
 
 
 _captured: dict[int, Any] = {}  # tables that a CUDA graph reads, kept as long as the process
 
 
-def keep(table: Any, device: torch.device) -> Any:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[id(table)] = table
+def keep(table: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The table, which stays until the current stream's work or graph has read it: another stream
+    may have made it, and another thread's new sizes may drop it meanwhile."""
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            _captured[id(table)] = table
+        else:
+            for part in table:
+                part.record_stream(torch.cuda.current_stream(device))
     return table
 
 
@@ -127,9 +133,6 @@ def taps(source: int, target: int, antialias: bool, device: torch.device) -> tup
         table = _host_table(source, target, antialias)
     else:
         table = keep(_device_table(source, target, antialias, device), device)
-        if not torch.cuda.is_current_stream_capturing():
-            for part in table:  # another stream may have made them, and may drop them meanwhile
-                part.record_stream(torch.cuda.current_stream(device))
     spans, weights = table
     # The tensors go along, so that another thread's new sizes cannot free them under the work.
     return (spans.data_ptr(), weights.data_ptr(), weights.shape[1], target), table

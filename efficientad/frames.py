@@ -287,7 +287,7 @@ def overlay(
             _as_tensor(frame).cpu().numpy(), maps.cpu().numpy(), low, high, strength
         )
         return torch.from_numpy(blend).to(device) if as_tensor else blend
-    maps, table = maps.contiguous(), keep(color_table(device), device)
+    maps, (table,) = maps.contiguous(), keep(color_table(device), device)
     out = torch.empty(tuple(frame.shape), dtype=torch.uint8, device=device)
     module().overlay(
         address, pitch, *frame.shape[:2], maps.data_ptr(), table.data_ptr(), low, high - low,

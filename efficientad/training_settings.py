@@ -25,7 +25,7 @@ class TrainingStopped(KeyboardInterrupt):
     def __init__(self, step: int, checkpoint: str | os.PathLike | None) -> None:
         state = "no state of that step was written"
         if checkpoint is not None:
-            state = f"the state is in {checkpoint}, continue with resume (--resume)"
+            state = f"the state is in {checkpoint}, continue with --resume (resume=True)"
         super().__init__(f"stopped at step {step}; {state}")
         self.step, self.checkpoint = step, checkpoint
 
@@ -58,6 +58,11 @@ class Settings:
             raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'")
 
 
+def state_beside(out: Path) -> Path:
+    """Where the state of a training lies that writes the detector `out`, if nobody says."""
+    return out.with_suffix(".training")
+
+
 def check_files(
     out: str | os.PathLike | None,
     checkpoint: str | os.PathLike | None,
@@ -76,7 +81,7 @@ def check_files(
     if out is not None:
         check_writable("out", out)
         out = Path(out)
-        checkpoint = out.with_suffix(".training") if checkpoint is None else checkpoint
+        checkpoint = state_beside(out) if checkpoint is None else checkpoint
     if checkpoint is None:
         if resume is True:
             raise ValueError("resume is True; name the checkpoint, or `out` beside which it lies")

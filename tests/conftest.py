@@ -35,6 +35,16 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def cuda(device: str):
+    """The CUDA device as a torch.device; skips what needs one where --device names none."""
+    if not device.startswith("cuda"):
+        pytest.skip("this needs a GPU: run with --device cuda")
+    import torch
+
+    return torch.device(device)
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real images for tests; not part of the repository."""
     path = ROOT.parent / "shared" / "data"

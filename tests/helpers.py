@@ -16,6 +16,7 @@ from efficientad.random_model import calibrate_on_own_maps, frames, images
 from efficientad.random_model import random_detector as detector
 
 __all__ = [
+    "assert_steps_neither_allocate_nor_wait",
     "calibrate_on_own_maps",
     "compose",
     "detector",
@@ -44,6 +45,23 @@ def compose(
     packed = operations.pack(image, mean, std, **options)
     maps = forward(plan, weights, packed, operations)
     return operations.anomaly_map(*maps, weights.affine, size, padding=plan.map_padding)
+
+
+def assert_steps_neither_allocate_nor_wait(predictor, frames, steps: int) -> None:
+    """On CUDA, after a warm-up with as many results at once as there are frames."""
+    kept = [predictor(frame) for frame in frames]
+    del kept
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats(predictor.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(steps):
+            predictor(frames[i % len(frames)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = torch.cuda.memory_stats(predictor.device)
+    for name in ("num_device_alloc", "reserved_bytes.all.current"):
+        assert after[name] == before[name], name
 
 
 # Channels, bytes of K, warps and stages of tiles for the interpreter; pixels as needed.

@@ -176,7 +176,7 @@ def test_emulated_upsample_and_overlay_have_the_bits_of_the_host(kernels):
     frame = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     values = want[0].clone()
     values[3, 5:9] = torch.nan
-    table = frame_native.color_table(torch.device("cpu"))
+    (table,) = frame_native.color_table(torch.device("cpu"))
     out = np.empty_like(frame)
     kernels.run_overlay(
         struct((P, frame.ctypes.data), (L, frame.strides[0]), (N, size[0]), (N, size[1]), (N, 3)),

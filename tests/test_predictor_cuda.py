@@ -17,13 +17,6 @@ from efficientad.predictor import FastPredictor
 
 
 @pytest.fixture(scope="module")
-def cuda(device) -> torch.device:
-    if not device.startswith("cuda"):
-        pytest.skip("CUDA graphs need a GPU: run with --device cuda")
-    return torch.device(device)
-
-
-@pytest.fixture(scope="module")
 def predictor(cuda) -> FastPredictor:
     return FastPredictor(helpers.detector(), device=cuda, batch_sizes=(1, 4))
 
@@ -141,19 +134,7 @@ def test_a_step_neither_allocates_nor_waits(where, predictor):
     frames = list(noise(8, seed=6))
     if where == "device":
         frames = [torch.from_numpy(frame).to(predictor.device) for frame in frames]
-    kept = [predictor(frame) for frame in frames]  # as many results as are ever there at once
-    del kept
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats(predictor.device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for i in range(1000):
-            predictor(frames[i % 8])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    after = torch.cuda.memory_stats(predictor.device)
-    for name in ("num_device_alloc", "reserved_bytes.all.current"):
-        assert after[name] == before[name], name
+    helpers.assert_steps_neither_allocate_nor_wait(predictor, frames, 1000)
 
 
 def test_frames_of_every_place_and_size_give_the_same(predictor):

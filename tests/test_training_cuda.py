@@ -16,13 +16,6 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def cuda(device) -> torch.device:
-    if not device.startswith("cuda"):
-        pytest.skip("CUDA graphs need a GPU: run with --device cuda")
-    return torch.device(device)
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     write_pictures(root / "good", 5)
