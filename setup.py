@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path("csrc")
@@ -37,7 +37,12 @@ else:
     extensions = [Extension("efficientad._native", sources=[], optional=True)]
 
 setup(
-    packages=["efficientad", "efficientad.kernels", "efficientad.csrc"],
+    packages=[
+        "efficientad",
+        *(f"efficientad.{room}" for room in find_packages("efficientad")),
+        "efficientad.kernels",
+        "efficientad.csrc",
+    ],
     package_dir={
         "efficientad": "efficientad",
         "efficientad.kernels": "kernels",

@@ -1,4 +1,4 @@
-"""Imports the package's file writer only: what every file in bench/results/ says of itself.
+"""What every file in bench/results/ says of itself.
 
 A results file is JSON: `about` (device, versions, commit, date, command) and `rows`, a list with
 one dictionary per measurement. A figure without such a file does not exist.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from efficientad.files import write_text
+from efficientad.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -91,7 +91,11 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 def _command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", spec.name] if spec is not None else ["python", sys.argv[0]]
+    program = (
+        ["python", "-m", spec.name.removesuffix(".__main__")]
+        if spec is not None
+        else ["python", sys.argv[0]]
+    )
     return " ".join([*program, *sys.argv[1:]])
 
 

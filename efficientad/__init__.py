@@ -8,38 +8,38 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AnomalyOutput": "detector",
-    "CheckpointError": "safe_pickle",
-    "EfficientAD": "detector",
-    "FastPredictor": "predictor",
-    "Fp8Error": "fp8",
-    "UncalibratedError": "detector",
-    "accelerate": "adapters",
-    "calibrate": "calibration",
-    "convert": "checkpoint",
-    "evaluate": "evaluation",
-    "export": "exporting",
-    "fit": "training",
-    "load": "checkpoint",
-    "load_teacher": "checkpoint",
-    "Prediction": "prediction",
-    "predict": "prediction",
-    "save": "checkpoint",
+    "AnomalyOutput": "model.detector",
+    "CheckpointError": "checkpoint.safe_pickle",
+    "EfficientAD": "model.detector",
+    "FastPredictor": "fast.predictor",
+    "Fp8Error": "fast.fp8",
+    "UncalibratedError": "model.detector",
+    "accelerate": "adapters.anomalib",
+    "calibrate": "model.calibration",
+    "convert": "checkpoint.loading",
+    "evaluate": "evaluation.evaluation",
+    "export": "checkpoint.exporting",
+    "fit": "training.fitting",
+    "load": "checkpoint.loading",
+    "load_teacher": "checkpoint.loading",
+    "Prediction": "results.prediction",
+    "predict": "results.prediction",
+    "save": "checkpoint.loading",
 }
 
 __all__ = sorted([*_EXPORTS, "__version__"])
 
 if TYPE_CHECKING:
-    from efficientad.adapters import accelerate
-    from efficientad.calibration import calibrate
-    from efficientad.checkpoint import CheckpointError, convert, load, load_teacher, save
-    from efficientad.detector import AnomalyOutput, EfficientAD, UncalibratedError
-    from efficientad.evaluation import evaluate
-    from efficientad.exporting import export
-    from efficientad.fp8 import Fp8Error
-    from efficientad.prediction import Prediction, predict
-    from efficientad.predictor import FastPredictor
-    from efficientad.training import fit
+    from efficientad.adapters.anomalib import accelerate
+    from efficientad.checkpoint.exporting import export
+    from efficientad.checkpoint.loading import CheckpointError, convert, load, load_teacher, save
+    from efficientad.evaluation.evaluation import evaluate
+    from efficientad.fast.fp8 import Fp8Error
+    from efficientad.fast.predictor import FastPredictor
+    from efficientad.model.calibration import calibrate
+    from efficientad.model.detector import AnomalyOutput, EfficientAD, UncalibratedError
+    from efficientad.results.prediction import Prediction, predict
+    from efficientad.training.fitting import fit
 
 
 def __getattr__(name: str):

@@ -1,7 +1,7 @@
-"""Floor 5: `python -m efficientad` is the command line."""
+"""`python -m efficientad` is the command line."""
 
 import sys
 
-from efficientad.cli import main
+from efficientad.cli.main import main
 
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: the fused kernels of the fast path.
+"""The fused kernels of the fast path.
 
 Installed as `efficientad.kernels`; knows nothing of `efficientad`.
 """

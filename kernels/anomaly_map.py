@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: from the distance maps to the anomaly map and its maximum.
+"""From the distance maps to the anomaly map and its maximum.
 
 Normalising, combining, padding and resizing are one pass over the result's pixels; the two small
 maps come from the L1 and L2 caches. The maximum takes two steps, a number per program and then one

@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: the autoencoder's 1x1 bottleneck and its first decoder layer.
+"""The autoencoder's 1x1 bottleneck and its first decoder layer.
 
 Encoder layer 6 reads 8x8 cells with as large a filter: one product with K = 64 Cin per image, half
 a megabyte of filters for a batch of one. A single program would need 10 us for these alone, at a

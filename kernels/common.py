@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: what several kernels share (NaN-keeping ReLU, target lookup)."""
+"""What several kernels share (NaN-keeping ReLU, target lookup)."""
 
 from __future__ import annotations
 

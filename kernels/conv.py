@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: stride-1 convolution + ReLU (+ 2x2 average pool) of both networks.
+"""Stride-1 convolution + ReLU (+ 2x2 average pool) of both networks.
 
 An implicit matrix product: a row is an output pixel, a column an output channel, K runs over the
 filter's taps and the input channels. See `grouped` for how one launch serves two networks.

@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: the PDNs' first layer, both networks from one packed image.
+"""The PDNs' first layer, both networks from one packed image.
 
 4x4 convolution + ReLU + 2x2 average pool. A filter row meets four neighbouring RGBX pixels, 16
 consecutive values, so the whole filter is one product with K = 4 x 16 = 64 and no loop.

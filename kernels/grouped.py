@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: what the PDN kernels share (tiles, the gather, grouped tensors).
+"""What the PDN kernels share (tiles, the gather, grouped tensors).
 
 Teacher and student run in one launch. Their filters, biases and scales are consecutive views of one
 buffer each, so a tile's first output channel selects the network by itself; activations may lie

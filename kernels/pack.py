@@ -1,7 +1,7 @@
-"""Floor 0, imports triton only: an image batch -> normalised RGBX, the input of every network.
+"""An image batch -> normalised RGBX, the input of every network.
 
 The arithmetic is the definition's, in its order and in float32 with divisions rounded to nearest,
-so the result is equal to `efficientad.reference.pack` bit for bit.
+so the result is equal to `efficientad.ops.reference.pack` bit for bit.
 """
 
 from __future__ import annotations

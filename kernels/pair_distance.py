@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: both distance maps from the inputs of the three last convolutions.
+"""Both distance maps from the inputs of the three last convolutions.
 
 No tensor with 384 or 768 channels is ever written: a program accumulates the student's (negated)
 convolution and the teacher's or the autoencoder's into one tile, squares it and sums it over its

@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: the decoder's layers, bilinear resize + convolution + ReLU.
+"""The decoder's layers, bilinear resize + convolution + ReLU.
 
 An implicit matrix product as in `strided_conv`, but a row of A is computed while it is loaded: four
 cells of the small image, weighted in float32 and rounded to x's dtype. The resized image, four

@@ -1,4 +1,4 @@
-"""Floor 0, imports triton only: the encoder's convolutions, strided and zero-padded, with ReLU.
+"""The encoder's convolutions, strided and zero-padded, with ReLU.
 
 An implicit matrix product: a row is an output pixel, a column an output channel, K runs over the
 filter's taps and the input channels. These layers run beside the PDNs' on the same multiprocessors,

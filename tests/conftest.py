@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import collections
+import importlib.util
 import os
+import subprocess
+import sys
+import types
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+ANOMALIB = "2.7.0"
+MODEL_FILE = "anomalib/models/image/efficient_ad/torch_model.py"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,3 +59,40 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/data beside the repository: the real images are not there")
     return path
+
+
+@pytest.fixture(scope="session")
+def anomalib_model_file(tmp_path_factory) -> Path:
+    """anomalib's torch_model.py: of the installed package, or of its wheel in an ignored folder."""
+    spec = importlib.util.find_spec("anomalib")
+    if spec is not None:
+        return Path(spec.submodule_search_locations[0]).parent / MODEL_FILE
+    cache = ROOT / ".work"
+    wheel = cache / f"anomalib-{ANOMALIB}-py3-none-any.whl"
+    if not wheel.exists():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(cache)]
+        try:
+            subprocess.run([*command, f"anomalib=={ANOMALIB}"], check=True, timeout=120)
+        except (subprocess.SubprocessError, OSError) as error:
+            pytest.skip(f"anomalib is not installed and its wheel cannot be fetched: {error}")
+    target = tmp_path_factory.mktemp("anomalib")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(MODEL_FILE, target)
+    return target / MODEL_FILE
+
+
+@pytest.fixture(scope="session")
+def anomalib(anomalib_model_file) -> types.ModuleType:
+    """The one file as a module, with the imports of its package and of torchvision stubbed."""
+
+    batch = collections.namedtuple("InferenceBatch", ("pred_score", "anomaly_map"))
+    stubs = {name: types.ModuleType(name) for name in ("torchvision", "anomalib", "anomalib.data")}
+    stubs["torchvision"].transforms = types.ModuleType("torchvision.transforms")
+    stubs["anomalib.data"].InferenceBatch = batch
+    spec = importlib.util.spec_from_file_location("anomalib_torch_model", anomalib_model_file)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stub in stubs.items():
+            patch.setitem(sys.modules, name, stub)
+        spec.loader.exec_module(module)
+    return module

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from efficientad import EfficientAD, operators
-from efficientad.folding import fold
-from efficientad.forward import Plan, forward
-from efficientad.random_model import calibrate_on_own_maps, frames, images
-from efficientad.random_model import random_detector as detector
+from efficientad import EfficientAD
+from efficientad.fast.folding import fold
+from efficientad.fast.fused_network import Plan, forward
+from efficientad.model.synthetic import calibrate_on_own_maps, frames, images
+from efficientad.model.synthetic import random_detector as detector
+from efficientad.ops import operators
 
 __all__ = [
     "assert_steps_neither_allocate_nor_wait",
@@ -33,8 +34,8 @@ def compose(
 ) -> tuple[Tensor, Tensor]:
     """(anomaly map, score) of `model` through the folded weights and the fused operations.
 
-    operations: `efficientad.reference`, or anything with its functions. dtype: of activations and
-    filters; None is the image's.
+    operations: `efficientad.ops.reference`, or anything with its functions. dtype: of activations
+    and filters; None is the image's.
     """
     dtype = dtype or image.dtype
     weights = fold(model, dtype, image.device)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from efficientad.distill_recipe import Recipe
-from efficientad.distill_targets import Targets
-from efficientad.distillation import Distillation
+from efficientad.distillation.distiller import Distillation
+from efficientad.distillation.recipe import Recipe
+from efficientad.distillation.targets import Targets
 
 # Small enough for a test: windows of one or four cells, two photos a step.
 SMALL = Recipe(

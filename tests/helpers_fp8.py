@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from efficientad import reference
+from efficientad.ops import reference
 
 
 def e4m3(x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def e4m3(x: Tensor) -> Tensor:
 
 
 class Definitions:
-    """Operations of `efficientad.reference`; they write to `out` where it is given."""
+    """Operations of `efficientad.ops.reference`; they write to `out` where it is given."""
 
     def __getattr__(self, name):
         operation = getattr(reference, name)

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from efficientad import call_times, contents, networks
-from efficientad.networks import Conv
+from efficientad.benchmark import call_times
+from efficientad.checkpoint import contents
+from efficientad.model import networks
+from efficientad.model.networks import Conv
 
 THIN = {
     "S": (

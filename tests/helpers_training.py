@@ -14,9 +14,9 @@ from PIL import Image
 from torch import nn
 
 from efficientad import EfficientAD
-from efficientad.trainer import Trainer
-from efficientad.training_data import Photos, PictureSource, TrainingImages
-from efficientad.training_settings import Settings
+from efficientad.training.pictures import Photos, PictureSource, TrainingImages
+from efficientad.training.settings import Settings
+from efficientad.training.trainer import Trainer
 
 WIDTH = 4
 

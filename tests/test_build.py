@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from efficientad import frames
-from efficientad.frame_native import module
+from efficientad.ops import frame_path as frames
+from efficientad.ops.frame_native import module
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTERS = 64  # of 256 threads: 4 blocks on a multiprocessor

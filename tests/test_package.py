@@ -15,6 +15,7 @@ import pytest
 import efficientad
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = {f"bench/results/{p.name}" for p in (ROOT / "bench" / "results").iterdir()}
 
 
 def python(code: str, executable: str | Path = sys.executable, **environment: str) -> str:
@@ -118,9 +119,10 @@ build.build_sdist({str(folder)!r})
 
 
 def sources(folder: str) -> set[str]:
-    """Files of a room, without what a build left there."""
+    """Files below a folder, as paths from there, without what a build left there."""
     built = (".pyc", ".so")
-    return {p.name for p in (ROOT / folder).iterdir() if p.is_file() and p.suffix not in built}
+    files = (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in built)
+    return {p.relative_to(ROOT / folder).as_posix() for p in files}
 
 
 def test_wheel_holds_kernels_csrc_and_package_data_and_runs_in_an_empty_venv(
@@ -147,8 +149,8 @@ def test_wheel_holds_kernels_csrc_and_package_data_and_runs_in_an_empty_venv(
     # With torch on the path (not in the venv: it is large) the installed wheel runs.
     parent = next(p for p in sys.path if (Path(p) / "torch").is_dir())
     code = (
-        "import efficientad; from efficientad import cli; print(efficientad.__file__);"
-        "cli.main(['info'])"
+        "import efficientad; from efficientad.cli.main import main; print(efficientad.__file__);"
+        "main(['info'])"
     )
     lines = python(code, executable, PYTHONPATH=parent).splitlines()
     assert str(tmp_path) in lines[0]
@@ -160,7 +162,7 @@ def test_sdist_holds_every_room(distributions):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ("efficientad", "kernels", "csrc", "bench", "tests"):
-        assert {f"{folder}/{name}" for name in sources(folder)} <= names
+        assert {f"{folder}/{name}" for name in sources(folder)} - RESULTS <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"} <= names
 
 

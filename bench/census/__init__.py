@@ -1,0 +1,4 @@
+"""Every kernel compiled for every architecture, without a GPU.
+
+Never: an import of torch.
+"""

@@ -1,0 +1,5 @@
+import sys
+
+from bench.census.compile import main
+
+sys.exit(main())

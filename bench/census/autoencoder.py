@@ -1,0 +1,188 @@
+"""Census cases of the autoencoder and the anomaly map: every tile that a 256x256 image can get.
+
+Imports triton and the kernels, not torch: a compile census needs neither torch nor a GPU. Tiles and
+constants come from the launchers' own functions; only the network's shapes stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bench.census.case import CensusCase, each_once
+from efficientad.kernels import anomaly_map, bottleneck, grouped, resize_conv, strided_conv
+
+# Together they meet every row of the tile tables; bf16 differs in the product's name alone.
+BATCHES = {"fp16": (1, 4, 32), "bf16": (32,)}
+PARTS = (1, 3)  # partial maps that `pair_distance` writes
+
+
+class Strided(NamedTuple):
+    """An encoder layer; `cells` are the result's, of a 256x256 image (512x512 for the last)."""
+
+    name: str
+    cin: int
+    cout: int
+    kernel: int
+    stride: int
+    padding: int
+    relu: bool
+    cells: int
+
+
+class Resized(NamedTuple):
+    """A decoder layer; `cells` are the result's that are computed."""
+
+    name: str
+    kernel: int
+    padding: int
+    tables: bool
+    cells: int
+
+
+ENCODER = (
+    Strided("e1", 4, 32, 4, 2, 1, True, 128**2),
+    Strided("e2", 32, 32, 4, 2, 1, True, 64**2),
+    Strided("e3", 32, 64, 4, 2, 1, True, 32**2),
+    Strided("e4", 64, 64, 4, 2, 1, True, 16**2),
+    Strided("e5", 64, 64, 4, 2, 1, True, 8**2),
+    Strided("e6", 64, 64, 8, 1, 0, False, 9**2),
+)
+CHANNELS = 64  # of every decoder layer
+DECODER = (
+    Resized("d", 4, 2, False, 9**2),
+    Resized("d", 4, 2, False, 16**2),
+    Resized("d", 4, 2, False, 33**2),
+    Resized("d", 4, 2, False, 64**2),
+    Resized("d6", 4, 2, True, 112**2),
+    Resized("d7", 3, 1, False, 56**2),
+)
+
+
+def _case(kernel, config, dtype, function, signature, constexprs, tile) -> CensusCase:
+    return CensusCase(
+        kernel=kernel,
+        config=config,
+        dtype=dtype,
+        function=function,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _strided_case(arch: int, layer: Strided, batch: int, dtype: str) -> CensusCase:
+    tile = grouped.from_table(strided_conv.TILES, arch, batch * layer.cells)
+    values = strided_conv.constants(
+        tile, layer.cin, layer.cout, layer.kernel,
+        stride=layer.stride, padding=layer.padding, relu=layer.relu,
+    )  # fmt: skip
+    signature = {
+        **dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{dtype}"),
+        "bias_ptr": "*fp32",
+        **dict.fromkeys(("x_image", "x_row"), "i64"),
+        **dict.fromkeys(("height", "width", "out_height", "out_width", "n_pixels"), "i32"),
+    }
+    shape = f"{layer.cin}->{layer.cout} {layer.kernel}x{layer.kernel}"
+    config = f"{shape} {values['BM']}x{values['BN']}x{values['BK']}"
+    function = strided_conv._strided_conv_kernel
+    return _case("strided_conv_relu", config, dtype, function, signature, values, tile)
+
+
+def _resize_case(arch: int, layer: Resized, batch: int, dtype: str) -> CensusCase:
+    tile = grouped.from_table(resize_conv.TILES, arch, batch * layer.cells)
+    values = resize_conv.constants(tile, CHANNELS, CHANNELS, layer.kernel, padding=layer.padding)
+    sizes = ("height", "width", "up_height", "up_width", "out_height", "out_width")
+    signature = {
+        **dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{dtype}"),
+        "bias_ptr": "*fp32",
+        **dict.fromkeys((*sizes, "n_rows", "n_cols", "n_pixels"), "i32"),
+        **dict.fromkeys(("scale_y", "scale_x"), "fp32"),
+    }
+    constexprs = dict(values)
+    for name in ("rows_ptr", "cols_ptr"):
+        (signature if layer.tables else constexprs)[name] = "*i32" if layer.tables else None
+    config = f"{layer.name} {values['BN']}x{values['BM']}x{values['BK']}"
+    function = resize_conv._resize_conv_kernel
+    return _case("resize_conv_relu", config, dtype, function, signature, constexprs, tile)
+
+
+def _bottleneck_cases(arch: int, dtype: str) -> Iterator[CensusCase]:
+    tile = grouped.from_table(bottleneck.TILES, arch, 1)
+    encode, decode = bottleneck.constants(tile, CHANNELS, CHANNELS, CHANNELS)
+    yield _case(
+        "bottleneck", f"encode {encode['BN']}x{encode['BM']}x{encode['BK']}", dtype,
+        bottleneck._encode_kernel,
+        {
+            **dict.fromkeys(("x_ptr", "w_ptr"), f"*{dtype}"),
+            "part_ptr": "*fp32",
+            "n_images": "i32",
+        },
+        encode, tile,
+    )  # fmt: skip
+    yield _case(
+        "bottleneck", f"decode {decode['BN']}x{decode['BM']}x{decode['C']}", dtype,
+        bottleneck._decode_kernel,
+        {
+            **dict.fromkeys(("w_ptr", "y_ptr"), f"*{dtype}"),
+            **dict.fromkeys(("part_ptr", "bias_encoder_ptr", "bias_ptr"), "*fp32"),
+            "part": "i64",
+            "n_images": "i32",
+        },
+        decode, tile,
+    )  # fmt: skip
+
+
+def _map_case(arch: int, batch: int, parts: int, scan: bool, result: str | None) -> CensusCase:
+    tile = grouped.from_table(anomaly_map.TILES, arch, batch * 256**2)
+    signature = {
+        **dict.fromkeys(("st_ptr", "ae_ptr", "affine_ptr", "maxima_ptr"), "*fp32"),
+        "part": "i64",
+        **dict.fromkeys(("height", "width", "out_height", "out_width", "blocks"), "i32"),
+        **dict.fromkeys(("scale_y", "scale_x"), "fp32"),
+    }
+    constexprs = {"PARTS": parts, "PAD": 4, "SCAN": scan, "BLOCK": tile.bm}
+    if result is None:
+        constexprs["map_ptr"] = None
+    else:
+        signature["map_ptr"] = f"*{result}"
+    config = f"{parts} parts, {tile.bm} pixels" + (", downscale" if scan else "")
+    config += "" if result else ", score only"
+    function = anomaly_map._anomaly_map_kernel
+    return _case("anomaly_map", config, result or "fp32", function, signature, constexprs, tile)
+
+
+def _map_cases(arch: int) -> Iterator[CensusCase]:
+    for batch in BATCHES["fp16"]:
+        for parts in PARTS:
+            yield _map_case(arch, batch, parts, False, "fp32")
+    yield _map_case(arch, 1, 3, False, "fp16")
+    yield _map_case(arch, 1, 3, True, "fp32")
+    yield _map_case(arch, 1, 3, False, None)
+    yield CensusCase(
+        kernel="anomaly_map",
+        config=f"score, {anomaly_map.REDUCE_BLOCK} maxima",
+        dtype="fp32",
+        function=anomaly_map._score_kernel,
+        signature={"maxima_ptr": "*fp32", "score_ptr": "*fp32", "blocks": "i32"},
+        constexprs={"BLOCK": anomaly_map.REDUCE_BLOCK},
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def _all_cases(arch: int) -> Iterator[CensusCase]:
+    for dtype, batches in BATCHES.items():
+        for batch in batches:
+            for layer in ENCODER:
+                yield _strided_case(arch, layer, batch, dtype)
+            for layer in DECODER:
+                yield _resize_case(arch, layer, batch, dtype)
+        yield from _bottleneck_cases(arch, dtype)
+    yield from _map_cases(arch)
+
+
+def cases(arch: int) -> Iterator[CensusCase]:
+    """Every shipped configuration for compute capability `arch`, each once."""
+    return each_once(_all_cases(arch))

@@ -1,0 +1,203 @@
+"""Census cases of the PDN kernels: every shipped configuration at the shapes of PDN-S and PDN-M.
+
+Imports triton and the kernels, not torch: a compile census needs neither torch nor a GPU. Tiles and
+constants come from the launchers' own functions; only the networks' shapes stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bench.census.case import CensusCase, each_once
+from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
+
+IMAGE = 256  # pixels a side
+BATCHES = (1, 32)  # either side of every limit in the tile tables
+TEACHER, STUDENT, DECODER = 384, 768, 64  # channels: C, 2 C and the last 3x3 convolution's input
+TRITON_TYPE = {"fp16": "fp16", "bf16": "bf16", "fp8": "fp8e4nv", "uint8": "u8", "fp32": "fp32"}
+ITEMSIZE = {"fp16": 2, "bf16": 2, "fp8": 1}
+MODES = (("plain", 0), ("padded", 1))
+
+
+class Layer(NamedTuple):
+    """A convolution between the first and the last: channels are teacher's and student's."""
+
+    kernel: int
+    couts: tuple[int, int]
+    padding: int  # of the padded variant
+    pool: bool
+
+
+FIRST = {"S": 128, "M": 256}  # channels of the first layer
+MIDDLE = {
+    "S": (Layer(4, (256, 256), 3, True), Layer(3, (256, 256), 1, False)),
+    "M": (
+        Layer(4, (512, 512), 3, True),
+        Layer(1, (512, 512), 0, False),
+        Layer(3, (512, 512), 1, False),
+        Layer(4, (TEACHER, STUDENT), 0, False),
+    ),
+}
+LAST = {"S": 4, "M": 1}  # kernel of the last layer
+_SIZES = ("height", "width", "out_height", "out_width", "n_pixels")
+
+
+def dtypes(arch: int) -> tuple[str, ...]:
+    return ("fp16", "bf16", "fp8") if arch >= grouped.FP8_MIN_TARGET else ("fp16", "bf16")
+
+
+def _filters(dtype: str, rows: int, cols: int, use_tma: bool) -> str:
+    kind = TRITON_TYPE[dtype]
+    return f"tensordesc<{kind}[{rows}, {cols}]>" if use_tma else f"*{kind}"
+
+
+def _pack_cases() -> Iterator[CensusCase]:
+    for image, dtype in (("uint8", "fp16"), ("uint8", "bf16"), ("fp32", "fp16"), ("fp16", "fp16")):
+        yield CensusCase(
+            kernel="pack",
+            config=f"{image} image, {pack.BLOCK} pixels",
+            dtype=dtype,
+            function=pack._pack_kernel,
+            signature={
+                "image_ptr": f"*{TRITON_TYPE[image]}",
+                **{f"stride_{axis}": "i64" for axis in "nyxc"},
+                "mean_ptr": "*fp32",
+                "std_ptr": "*fp32",
+                "out_ptr": f"*{dtype}",
+                **dict.fromkeys(("height", "width", "border", "n_pixels"), "i32"),
+            },
+            constexprs={"SCALE": image == "uint8", "BLOCK": pack.BLOCK},
+            num_warps=pack.WARPS,
+            num_stages=1,
+        )
+
+
+def _first_case(arch: int, size: str, mode: str, pad: int, pixels: int, dtype: str) -> CensusCase:
+    tile = grouped.from_table(first_conv.TILES, arch, pixels)
+    values = first_conv.constants(tile, (FIRST[size],) * 2, pool_padding=pad)
+    image = "fp16" if dtype == "fp8" else dtype
+    return CensusCase(
+        kernel="first_conv_relu_pool",
+        config=f"{size} {mode} {tile.bm}x{values['BN']}x64",
+        dtype=dtype,
+        function=first_conv._first_conv_kernel,
+        signature={
+            "x_ptr": f"*{image}",
+            "w_ptr": f"*{image}",
+            "bias_ptr": "*fp32",
+            "y_ptr": f"*{TRITON_TYPE[dtype]}",
+            "y_delta": "i64",
+            **dict.fromkeys(_SIZES, "i32"),
+        },
+        constexprs=values,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        divisible_by_16=("y_delta",),
+    )
+
+
+def _conv_case(
+    arch: int, name: str, layer: Layer, cin: int, couts: tuple[int, int], pixels: int,
+    padded: bool, dtype: str,
+) -> CensusCase:  # fmt: skip
+    tile = conv.choose_tile(arch, pixels, couts, layer.pool)
+    values = conv.constants(
+        tile,
+        arch,
+        ITEMSIZE[dtype],
+        cin,
+        couts,
+        layer.kernel,
+        padding=layer.padding if padded else 0,
+        pool=layer.pool,
+        pool_padding=int(padded and layer.pool),
+        pool_scale=0.25 if layer.pool else 1.0,
+        scaled=dtype == "fp8",
+    )
+    return CensusCase(
+        kernel="conv_relu_pool" if layer.pool else "conv_relu",
+        config=f"{name} {tile.bm}x{values['BN']}x{values['BK']}",
+        dtype=dtype,
+        function=conv._conv_kernel,
+        signature={
+            "x_ptr": f"*{TRITON_TYPE[dtype]}",
+            "x_delta": "i64",
+            "w": _filters(dtype, values["BN"], values["BK"], values["USE_TMA"]),
+            "bias_ptr": "*fp32",
+            "scale_ptr": "*fp32",
+            "y_ptr": f"*{TRITON_TYPE[dtype]}",
+            "y_delta": "i64",
+            **dict.fromkeys((*_SIZES, "conv_height", "conv_width"), "i32"),
+        },
+        constexprs=values,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        divisible_by_16=("x_delta", "y_delta"),
+    )
+
+
+def _pair_case(arch: int, size: str, cin: tuple[int, int], pixels: int, dtype: str) -> CensusCase:
+    tile = pair_distance.choose_tile(arch, pixels, TEACHER)
+    decoder = "fp16" if dtype == "fp8" else dtype
+    values = pair_distance.constants(
+        tile, arch, ITEMSIZE[dtype], 2, (TEACHER, *cin, DECODER), LAST[size], scaled=dtype == "fp8"
+    )
+    signature = {
+        "teacher_ptr": f"*{TRITON_TYPE[dtype]}",
+        "student_ptr": f"*{TRITON_TYPE[dtype]}",
+        "autoencoder_ptr": f"*{decoder}",
+        **dict.fromkeys(("bias_ptr", "scale_ptr", "st_ptr", "ae_ptr"), "*fp32"),
+        **dict.fromkeys((*_SIZES, "tiles_per_kind"), "i32"),
+    }
+    constexprs = dict(values)
+    for name, tail, kind, bk in (
+        ("w_teacher", "t_tail", dtype, values["BK"]),
+        ("w_student", "s_tail", dtype, values["BK"]),
+        ("w_autoencoder", "a_tail", decoder, values["BK_AE"]),
+    ):
+        signature[name] = _filters(kind, tile.bn, bk, values["USE_TMA"])
+        if tile.bn_tail:
+            signature[tail] = _filters(kind, tile.bn_tail, bk, values["USE_TMA"])
+        else:
+            constexprs[tail] = None
+    return CensusCase(
+        kernel="pair_distance",
+        config=f"{size} {tile.bm}x{tile.bn + tile.bn_tail}x{values['BK']}",
+        dtype=dtype,
+        function=pair_distance._pair_distance_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _all_cases(arch: int) -> Iterator[CensusCase]:
+    yield from _pack_cases()
+    for dtype in dtypes(arch):
+        for size in FIRST:
+            for mode, pad in MODES:
+                for batch in BATCHES:
+                    cells = (IMAGE + 6 * pad - 3 + 2 * pad) // 2
+                    yield _first_case(arch, size, mode, pad, batch * cells**2, dtype)
+                    cin = (FIRST[size],) * 2
+                    for i, layer in enumerate(MIDDLE[size], start=2):
+                        if cin[0] != cin[1]:
+                            raise ValueError("a grouped layer has one input width")
+                        cells += 1 - layer.kernel + 2 * pad * layer.padding
+                        if layer.pool:
+                            cells = (cells + 2 * pad) // 2
+                        name = f"{size} {mode} conv{i}"
+                        pixels = batch * cells**2
+                        yield _conv_case(
+                            arch, name, layer, cin[0], layer.couts, pixels, bool(pad), dtype
+                        )
+                        cin = layer.couts
+                    cells += 1 - LAST[size]
+                    yield _pair_case(arch, size, cin, batch * cells**2, dtype)
+
+
+def cases(arch: int) -> Iterator[CensusCase]:
+    """Every shipped configuration for compute capability `arch`, each once."""
+    return each_once(_all_cases(arch))

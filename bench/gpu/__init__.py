@@ -1,0 +1,4 @@
+"""Everything for a machine with a GPU, in one resumable command.
+
+Never: a measurement of its own.
+"""

@@ -1,0 +1,240 @@
+"""Static model of the fast path on one H200: an ESTIMATE from arithmetic, no measurement.
+
+    python -m bench.kernels.roofline [--size S|M] [--batch 1 2 ... 64]
+
+Per kernel and batch: programs and waves on 132 multiprocessors, the time that the tensor cores
+need (list scheduling, one program at a time on a multiprocessor, longest first) and the time that
+the operands need from the L2 cache. Tiles come from the kernels' own tables. What is not in it:
+launch gaps, latencies (all there is to small layers), epilogues, HBM, clocks, and the decoder's
+interpolation, whose four reads of a value are counted as one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import sys
+from dataclasses import dataclass
+
+from efficientad.kernels import conv, first_conv, grouped, pair_distance, resize_conv, strided_conv
+
+SMS = 132
+TENSOR_FLOPS = 790e12  # measured on this kind of card: a large bf16 matrix product
+L2_BYTES = 7.9e12  # ASSUMPTION: what Triton's best fp8 product implies at least, unmeasured
+TARGET = 90
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+TEACHER, STUDENT = 384, 768
+# Kernel, output channels of teacher and student, pooled; 256x256 input without padding. Averages
+# over 2x2 drop an odd last row and column, so only even outputs are computed.
+PDN = {
+    "S": ((4, 128, 128, True), (4, 256, 256, True), (3, 256, 256, False), (4, 384, 768, False)),
+    "M": (
+        (4, 256, 256, True),
+        (4, 512, 512, True),
+        (1, 512, 512, False),
+        (3, 512, 512, False),
+        (4, 384, 768, False),
+        (1, 384, 768, False),
+    ),
+}
+# Name, output cells along an axis, kernel, input and output channels (Table 8).
+AUTOENCODER = (
+    ("e1", 128, 4, 3, 32), ("e2", 64, 4, 32, 32), ("e3", 32, 4, 32, 64), ("e4", 16, 4, 64, 64),
+    ("e5", 8, 4, 64, 64), ("e6", 1, 8, 64, 64), ("d1", 4, 4, 64, 64), ("d2", 9, 4, 64, 64),
+    ("d3", 16, 4, 64, 64), ("d4", 33, 4, 64, 64), ("d5", 64, 4, 64, 64), ("d6", 128, 4, 64, 64),
+    ("d7", 56, 3, 64, 64), ("d8", 56, 3, 64, 384),
+)  # fmt: skip
+D6_NEEDED = 112  # of 128 rows and columns: what the last resize, 128 -> 56, reads
+
+
+@dataclass(frozen=True)
+class Group:
+    """Programs of one launch that do the same work: (bm, K) times (K, bn)."""
+
+    programs: int
+    bm: int
+    bn: int
+    k: int
+
+    @property
+    def seconds(self) -> float:
+        """Of one program, at a multiprocessor's share of the tensor rate."""
+        return 2 * self.bm * self.bn * self.k / (TENSOR_FLOPS / SMS)
+
+    @property
+    def bytes(self) -> int:
+        """That all programs read, two bytes a value; nothing is shared between programs."""
+        return self.programs * (self.bm + self.bn) * self.k * 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: its programs and the operations that the layer needs."""
+
+    name: str
+    groups: tuple[Group, ...]
+    flop: int
+
+    @property
+    def programs(self) -> int:
+        return sum(group.programs for group in self.groups)
+
+    @property
+    def waves(self) -> float:
+        return self.programs / SMS
+
+    @property
+    def tensor_us(self) -> float:
+        """When the last program ends: each goes to the multiprocessor that is free first."""
+        free = [0.0] * SMS
+        for group in sorted(self.groups, key=lambda g: -g.seconds):
+            for _ in range(group.programs):
+                heapq.heapreplace(free, free[0] + group.seconds)
+        return max(free) * 1e6
+
+    @property
+    def l2_us(self) -> float:
+        return sum(group.bytes for group in self.groups) / L2_BYTES * 1e6
+
+    @property
+    def larger_us(self) -> float:
+        return max(self.tensor_us, self.l2_us)
+
+
+def conv_flop(cells: int, kernel: int, cin: int, cout: int) -> int:
+    """Operations (a multiplication and an addition are two) of cells x cells outputs."""
+    return 2 * cells**2 * kernel**2 * cin * cout
+
+
+def pdn_layers(size: str) -> list[tuple[int, int, tuple[int, int], tuple[int, int], bool]]:
+    """Per layer: outputs computed along an axis, kernel, inputs and outputs of T and S, pooled."""
+    layers, cells, cin = [], 256, (3, 3)
+    for kernel, teacher, student, pool in PDN[size]:
+        cells += 1 - kernel
+        if pool:
+            cells = cells // 2 * 2
+        layers.append((cells, kernel, cin, (teacher, student), pool))
+        cin = (teacher, student)
+        if pool:
+            cells //= 2
+    return layers
+
+
+def network_flop(size: str) -> dict[str, int]:
+    """Operations per image of teacher, student and autoencoder."""
+    layers = pdn_layers(size)
+    return {
+        "teacher": sum(conv_flop(n, k, cin[0], cout[0]) for n, k, cin, cout, _ in layers),
+        "student": sum(conv_flop(n, k, cin[1], cout[1]) for n, k, cin, cout, _ in layers),
+        "autoencoder": sum(conv_flop(*layer) for _, *layer in AUTOENCODER),
+    }
+
+
+def floor_us(size: str) -> float:
+    """Tensor time per image at the measured rate, nothing lost."""
+    return sum(network_flop(size).values()) / TENSOR_FLOPS * 1e6
+
+
+def _tiles(pixels: int, bm: int, channels: int, bn: int) -> int:
+    return -(-pixels // bm) * (channels // bn)
+
+
+def pdn_launches(size: str, batch: int) -> list[Launch]:
+    """The PDNs' launches, teacher and student in each; the last one takes the decoder's last layer
+    along."""
+    layers = pdn_layers(size)
+    launches = []
+    for i, (cells, kernel, cin, couts, pool) in enumerate(layers[:-1], start=1):
+        pixels = batch * cells**2
+        stored = pixels // 4 if pool else pixels
+        flop = batch * sum(conv_flop(cells, kernel, *pair) for pair in zip(cin, couts, strict=True))
+        channels, k = sum(couts), kernel**2 * cin[0]
+        if i == 1:  # four RGBX pixels a filter row
+            tile = grouped.from_table(first_conv.TILES, TARGET, stored)
+            bn, k = first_conv.constants(tile, couts)["BN"], 64
+        else:
+            tile = conv.choose_tile(TARGET, stored, couts, pool)
+            bn = tile.bn
+        group = Group(_tiles(pixels, tile.bm, channels, bn), tile.bm, bn, k)
+        launches.append(Launch(f"conv{i}", (group,), flop))
+    cells, kernel, cin, couts, _ = layers[-1]
+    name, *decoder = AUTOENCODER[-1]
+    tile = pair_distance.choose_tile(TARGET, batch * cells**2, TEACHER)
+    bn = tile.bn + tile.bn_tail
+    programs = _tiles(batch * cells**2, tile.bm, TEACHER, bn)
+    groups = (
+        Group(programs, tile.bm, bn, kernel**2 * sum(cin)),
+        Group(programs, tile.bm, bn, kernel**2 * cin[1] + decoder[1] ** 2 * decoder[2]),
+    )
+    flop = sum(conv_flop(cells, kernel, *pair) for pair in zip(cin, couts, strict=True))
+    launches.append(Launch(f"pair+{name}", groups, batch * (flop + conv_flop(*decoder))))
+    return launches
+
+
+def autoencoder_launches(batch: int) -> list[Launch]:
+    """The autoencoder's launches but the last layer; they run beside the PDNs' first layers."""
+    launches = []
+    for name, cells, kernel, cin, cout in AUTOENCODER[:-1]:
+        if name in ("e6", "d1"):  # the bottleneck: no tensor time to speak of
+            continue
+        pixels = batch * (D6_NEEDED if name == "d6" else cells) ** 2
+        module = strided_conv if name[0] == "e" else resize_conv
+        tile = grouped.from_table(module.TILES, TARGET, pixels)
+        bn = grouped.divisor(tile.bn, cout)
+        k = kernel**2 * (4 if cin == 3 else cin)
+        group = Group(_tiles(pixels, tile.bm, cout, bn), tile.bm, bn, k)
+        flop = conv_flop(cells, kernel, cin, cout) * batch
+        launches.append(Launch(name, (group,), flop))
+    return launches
+
+
+def _line(launch: Launch) -> str:
+    shapes = ", ".join(f"{g.bm}x{g.bn} K {g.k}" for g in launch.groups)
+    return (
+        f"  {launch.name:8} {shapes:32} {launch.programs:7d} {launch.waves:8.2f} "
+        f"{launch.flop / 1e9:9.2f} {launch.tensor_us:9.1f} {launch.l2_us:9.1f}"
+    )
+
+
+def report(size: str, batches: list[int]) -> str:
+    """The model's table for one PDN size."""
+    floor = floor_us(size)
+    lines = [
+        f"ESTIMATE, not measured: EfficientAD-{size}, 256x256, fp16, one H200 "
+        f"({SMS} multiprocessors)",
+        f"assumed: {TENSOR_FLOPS / 1e12:.0f} TFLOP/s on the tensor cores, "
+        f"{L2_BYTES / 1e12:.1f} TB/s from L2 (unmeasured)",
+        f"floor: {sum(network_flop(size).values()) / 1e9:.1f} GFLOP = {floor:.1f} us per image",
+    ]
+    head = f"  {'kernel':8} {'tile':32} {'tiles':>7} {'waves':>8} {'GFLOP':>9} {'tensor us':>9} "
+    for batch in batches:
+        pdn, autoencoder = pdn_launches(size, batch), autoencoder_launches(batch)
+        lines += ["", f"batch {batch}", head + f"{'L2 us':>9}", *map(_line, pdn)]
+        lines += ["  beside them, the autoencoder:", *map(_line, autoencoder)]
+        for name, launches in (("PDNs", pdn), ("all", pdn + autoencoder)):
+            tensor = sum(launch.tensor_us for launch in launches)
+            larger = sum(launch.larger_us for launch in launches)
+            lines.append(
+                f"  sum of {name}: tensor {tensor:.1f} us, larger of tensor and L2 "
+                f"{larger:.1f} us, {larger / batch:.1f} us an image; floor {floor * batch:.1f} us, "
+                f"{floor * batch / larger:.0%} of the rate"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench.kernels.roofline", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--size", choices=sorted(PDN), default="S")
+    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
+    args = parser.parse_args(argv)
+    for batch in args.batch:
+        if batch < 1:
+            parser.error(f"--batch is {batch}; it must be at least 1")
+    print(report(args.size, args.batch))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+"""The predictor beside its peers, its frame path, and a soak.
+
+Never: a figure without its error.
+"""

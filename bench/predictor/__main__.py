@@ -1,0 +1,5 @@
+import sys
+
+from bench.predictor.run import main
+
+sys.exit(main())

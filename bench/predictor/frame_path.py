@@ -1,0 +1,112 @@
+"""Frame path on the CPU beside Pillow and numpy: camera frame to a 256x256 network input.
+
+    python -m bench.predictor.frame_path [--size 256] [--seconds 2] [--json PATH]
+
+One row per frame size and number of threads. The three run in turn, in one process, on the same
+frames: Pillow's resize (antialiased bilinear) with numpy's ((x / 255) - mean) / std in float32; the
+frame path with the same result, (256, 256, 3) float32; and with what the kernels read, (256, 256,
+4) float16. Medians and the quartiles' distance; `ratio` is Pillow's median over the frame path's.
+A row is measured only after its results were compared: `error` is the greatest difference from
+Pillow, which rounds, in levels of 255. `gb_s` counts the frame's bytes once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench import record
+from efficientad.ops import frame_path as frames
+
+SIZES = ((480, 640), (1024, 1024), (2048, 2448))
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LIMIT = 1.01  # levels
+
+
+def pillow(frame: np.ndarray, size: int) -> np.ndarray:
+    resized = Image.fromarray(frame).resize((size, size), Image.Resampling.BILINEAR)
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
+    return (np.asarray(resized, dtype=np.float32) / 255 - mean) / std
+
+
+def in_turn(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Times of every function in ms, one call each in turn until `seconds` are over."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def measure(height: int, width: int, threads: int, size: int, seconds: float) -> dict:
+    """A row of the table, after its results were compared."""
+    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    same = torch.empty(size, size, 3)
+    half = torch.empty(size, size, 4, dtype=torch.float16)
+    frames.set_threads(threads)
+
+    def native() -> torch.Tensor:
+        return frames.resize_pack(
+            frame, (size, size), MEAN, STD, channels=3, dtype=torch.float32, out=same
+        )
+
+    def native_half() -> torch.Tensor:
+        return frames.resize_pack(frame, (size, size), MEAN, STD, out=half)
+
+    error = float((abs(native().numpy() - pillow(frame, size)) * np.array(STD)).max() * 255)
+    halves = (native_half()[..., :3].float() - native()).abs().max()
+    if error > LIMIT or halves > 2e-3:
+        raise SystemExit(f"{height}x{width}: off by {error} levels, float16 by {halves}; no times")
+    calls = {"pillow": lambda: pillow(frame, size), "native": native, "native_half": native_half}
+    row = {"height": height, "width": width, "threads": threads, "error": round(error, 3)}
+    for name, times in in_turn(calls, seconds).items():
+        low, median, high = statistics.quantiles(times, n=4)
+        row[f"{name}_ms"], row[f"{name}_spread_ms"] = round(median, 3), round(high - low, 3)
+        row["calls"] = len(times)
+    row["ratio"] = round(row["pillow_ms"] / row["native_ms"], 1)
+    row["ratio_half"] = round(row["pillow_ms"] / row["native_half_ms"], 1)
+    row["gb_s"] = round(frame.nbytes / row["native_ms"] / 1e6, 1)
+    return row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", type=int, default=256, help="side of the network's input")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=2, help="per row")
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    options = parser.parse_args(arguments)
+    if not frames.native_available():
+        raise SystemExit(f"there is nothing to measure: {frames.native_info()['reason']}")
+    rows = [
+        measure(*frame, threads, options.size, options.seconds)
+        for frame in SIZES
+        for threads in options.threads
+    ]
+    frames.set_threads(0)
+    print(f"{'frame':>11} threads  Pillow+numpy   float32 RGB       float16 RGBX    GB/s  error")
+    for row in rows:
+        print(
+            f"{row['width']:>6}x{row['height']:<4} {row['threads']:>7} {row['pillow_ms']:>10.2f} ms"
+            f" {row['native_ms']:>7.2f} ms {row['ratio']:>5.1f}x"
+            f" {row['native_half_ms']:>7.2f} ms {row['ratio_half']:>5.1f}x"
+            f" {row['gb_s']:>6.1f} {row['error']:>6.2f}"
+        )
+    if options.json:
+        record.write(options.json, record.about() | {"frame_path": frames.native_info()}, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

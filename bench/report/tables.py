@@ -1,0 +1,320 @@
+"""Results files as tables, for people.
+
+    python -m bench.report.tables FILE [--table NAME ...]
+
+Markdown that is aligned, so that it reads as plain text too. `TABLES` has the tables that README.md
+may hold, by name; `page` is the one page that `python -m bench.gpu` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import record
+from bench.kernels.case import BOTH
+from bench.kernels.cases import paper_gflop
+from bench.kernels.roofline import network_flop
+from bench.report.targets import Verdict, all_verdicts, fits
+
+Row = dict[str, Any]
+DASH = "-"
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """At least `digits` significant digits, thousands with a comma; None is a dash."""
+    if value is None:
+        return DASH
+    if isinstance(value, (str, bool)):
+        return str(value)
+    size = abs(value)
+    if isinstance(value, int) or size >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    decimals = digits - 1
+    while size and size < 1 and decimals < 6:
+        size, decimals = size * 10, decimals + 1
+    while size >= 10:
+        size, decimals = size / 10, decimals - 1
+    return f"{value:.{max(decimals, 0)}f}"
+
+
+def percent(value: float | None) -> str:
+    return DASH if value is None else f"{100 * value:.0f} %"
+
+
+def error(value: float | None) -> str:
+    return DASH if value is None else f"{value:.1e}"
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """An aligned table; the first column is text, the others are put right."""
+    body = [list(line) for line in lines]
+    if not body:
+        return "(nothing measured)"
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+
+    def text(line: Sequence[str]) -> str:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w)
+                 for i, (cell, w) in enumerate(zip(line, widths, strict=True))]  # fmt: skip
+        return "| " + " | ".join(cells) + " |"
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([text(head), text(rule), *map(text, body)])
+
+
+def of_kind(found: dict[str, Any], *kinds: str) -> list[Row]:
+    return [row for row in found["rows"] if row["kind"] in kinds]
+
+
+def dtype_name(name: str | None) -> str:
+    short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}
+    return short.get(name or "", name or DASH)
+
+
+def targets_table(verdicts: Sequence[Verdict]) -> str:
+    lines = []
+    for v in verdicts:
+        t = v.target
+        limit = f"{t.rule} {number(t.limit)} {t.unit}".strip()
+        lines.append([t.name, limit, number(v.value), v.status, v.note or v.file])
+    return markdown(["target (H200, fp16 unless said)", "", "value", "", "from"], lines)
+
+
+def ceilings_table(found: dict[str, Any]) -> str:
+    lines = [
+        [r["name"], dtype_name(r["dtype"]), number(r.get("tflops"), 4), number(r.get("gb_s"), 4),
+         number(r.get("us")), number(r.get("spread_us")), str(r["part"])]
+        for r in of_kind(found, "ceiling")
+    ]  # fmt: skip
+    head = ["ceiling", "dtype", "TFLOP/s", "GB/s", "us", "spread us", "process"]
+    return markdown(head, lines)
+
+
+def end_to_end_table(found: dict[str, Any]) -> str:
+    """Predictors from a frame on the host to a map on the host, and frames of other sizes."""
+    lines = []
+    for r in of_kind(found, "end_to_end", "frame"):
+        lines.append([
+            r["name"] if r["kind"] == "end_to_end" else f"{r['name']} {_frame(r)}", r["size"],
+            _size(r), number(r["batch"]), dtype_name(r["dtype"]), *_times(r),
+            number(r["images_per_s"]), *_accuracy(r),
+        ])  # fmt: skip
+    return markdown(
+        ["what", "net", "pixels", "batch", "dtype", *TIMES, "images/s", *ACCURACY], lines
+    )
+
+
+TIMES = ("calls", "p50 ms", "p90", "p99", "max", "spread")
+ACCURACY = ("map error", "rank errors")
+_FEWEST = {"p90_ms": 10, "p99_ms": 100}  # calls of which a percentile says something
+_SHORT = 20  # characters of a reason that fit into the place of a time
+
+
+def _times(row: Row) -> list[str]:
+    reason = row.get("no_time")
+    if reason:
+        short = reason if len(reason) <= _SHORT else "no time"
+        return [DASH, "wrong" if "wrong" in reason else short, *[DASH] * 4]
+    names = ("calls", "p50_ms", "p90_ms", "p99_ms", "max_ms", "spread_ms")
+    shown = [name for name in names if (row.get("calls") or 0) >= _FEWEST.get(name, 0)]
+    return [number(row.get(name)) if name in shown else DASH for name in names]
+
+
+def _accuracy(row: Row) -> list[str]:
+    return [error(row.get("map_error")), number(row.get("rank_errors"))]
+
+
+def _size(row: Row) -> str:
+    return "x".join(map(str, row["image_size"][::-1])) if row.get("image_size") else DASH
+
+
+def _frame(row: Row) -> str:
+    size = row.get("frame_size")
+    return "x".join(map(str, size[::-1])) if size else ""
+
+
+def peers_table(found: dict[str, Any]) -> str:
+    """Peers, and how many times longer than ours they take, by our dtype: ratio (its spread)."""
+    ratios = of_kind(found, "ratio")
+    dtypes = list(dict.fromkeys(r["dtype"] for r in ratios))
+    lines = []
+    for r in of_kind(found, "peer"):
+        where = {name: r[name] for name in ("size", "batch", "image_size", "device")}
+        where |= {"against": r["name"], "peer_dtype": r["dtype"]}
+        mine = {x["dtype"]: x for x in ratios if fits(x, where)}
+        lines.append([
+            r["name"], r["size"], _size(r), number(r["batch"]), dtype_name(r["dtype"]), *_times(r),
+            number(r["images_per_s"]), *_accuracy(r), *(_ratio(mine.get(d, {})) for d in dtypes),
+        ])  # fmt: skip
+    head = ["peer", "net", "pixels", "batch", "dtype", *TIMES, "images/s", *ACCURACY]
+    return markdown([*head, *(f"x ours {dtype_name(d)}" for d in dtypes)], lines)
+
+
+def _ratio(row: Row) -> str:
+    if row.get("ratio") is None:
+        return DASH
+    return f"{number(row['ratio'])} ({number(row['ratio_spread'], 2)})"
+
+
+def stages_table(found: dict[str, Any]) -> str:
+    lines = [
+        [r["name"], r["size"], _size(r), number(r["batch"]), dtype_name(r["dtype"]),
+         number(r.get("p50_ms")), number(r.get("spread_ms")), r.get("timing") or DASH]
+        for r in of_kind(found, "stage", "cold_start")
+    ]  # fmt: skip
+    head = ["stage", "net", "pixels", "batch", "dtype", "p50 ms", "spread", "timed by"]
+    return markdown(head, lines)
+
+
+def kernels_table(found: dict[str, Any]) -> str:
+    """A line per layer, batch and dtype: ours, then how many times longer plain torch takes."""
+    rows = of_kind(found, "kernel")
+    lines = []
+    for r in rows:
+        if r["backend"] not in ("triton", "torch") or str(r["key"]).startswith("compiled/"):
+            continue
+        where = {name: r[name] for name in ("size", "layer", "batch", "dtype", "device")}
+        ratios = [
+            next((x.get("ratio") for x in rows if fits(x, {**where, "backend": backend})), None)
+            for backend in ("eager", "channels_last", "compile")
+        ]
+        lines.append([
+            _layer(r), r["size"], number(r["batch"]), dtype_name(r["dtype"]),
+            number(r["us"]) if not r["no_time"] else "wrong or failed", number(r.get("spread_us")),
+            number(r.get("tflops")), number(r.get("gb_s")), percent(r.get("fraction_of_ceiling")),
+            *map(number, ratios), error(r.get("max_error")),
+        ])  # fmt: skip
+    head = ["layer", "net", "batch", "dtype", "us", "spread", "TFLOP/s", "GB/s", "of ceiling"]
+    head += ["eager x", "ch.last x", "compile x", "error"]
+    counts = ", ".join(
+        f"EfficientAD-{s} {sum(network_flop(s).values()) / 1e9:.1f} GFLOP an image "
+        f"(the paper's count: {paper_gflop(s):.1f})"
+        for s in "SM"
+    )
+    return f"{markdown(head, lines)}\n\nWork counted from the needed outputs: {counts}."
+
+
+def sweeps_table(found: dict[str, Any]) -> str:
+    """Per layer and batch: the tile that ships and the fastest one that is right."""
+    groups: dict[str, list[Row]] = {}
+    for r in of_kind(found, "sweep"):
+        groups.setdefault(r["key"], []).append(r)
+    lines = []
+    for rows in groups.values():
+        timed = [r for r in rows if r.get("us")]
+        shipped = next((r for r in rows if r["shipped"]), {})
+        best = min(timed, key=lambda r: r["us"]) if timed else {}
+        broken = sum(r["no_time"] is not None for r in rows)
+        lines.append([
+            _layer(rows[0]), rows[0]["size"], number(rows[0]["batch"]),
+            _tile(shipped), number(shipped.get("us")), _tile(best), number(best.get("us")),
+            number(best.get("ratio")), number(best.get("l2_tb_s")), f"{len(rows)}, {broken}",
+        ])  # fmt: skip
+    head = ["layer", "net", "batch", "ships", "us", "fastest", "us", "over shipped", "L2 TB/s"]
+    return markdown([*head, "variants, broken"], lines)
+
+
+def _layer(row: Row) -> str:
+    return f"{row['layer']} ({row['name']}{', small shape' if row['small'] else ''})"
+
+
+def _tile(row: Row) -> str:
+    if not row:
+        return DASH
+    return (
+        row["tile"] if row["warps"] is None else f"{row['tile']} w{row['warps']} s{row['stages']}"
+    )
+
+
+def checks_table(found: dict[str, Any]) -> str:
+    """What failed; checks that were passed are counted."""
+    checks = of_kind(found, "correctness", "sanitizer")
+    lines = [
+        [f"{r['name']} {r.get('size') or ''}".strip(), dtype_name(r.get("dtype")), "wrong",
+         str(r.get("error") or f"{r.get('errors')} errors")[:160]]
+        for r in checks if not r["ok"]
+    ]  # fmt: skip
+    lines += [
+        [r["name"], DASH, r["kind"], str(r.get("error") or r.get("no_time")).splitlines()[0][:160]]
+        for r in of_kind(found, "failure", "refused")
+    ]
+    passed = sum(bool(r["ok"]) for r in checks)
+    head = f"{passed} of {len(checks)} checks passed."
+    return head if not lines else f"{head}\n\n{markdown(['what', 'dtype', '', 'why'], lines)}"
+
+
+def _targets(found: dict[str, Any]) -> str:
+    return targets_table(all_verdicts([("this file", found)]))
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "targets": _targets,
+    "checks": checks_table,
+    "ceilings": ceilings_table,
+    "end-to-end": end_to_end_table,
+    "peers": peers_table,
+    "stages": stages_table,
+    "kernels": kernels_table,
+    "sweeps": sweeps_table,
+}
+# Kinds of the rows of which a page holds a part.
+KINDS = {
+    "sweeps": ("sweep",),
+    "kernels": ("kernel",),
+    "stages": ("stage",),
+    "peers": ("peer",),
+    "end-to-end": ("end_to_end",),
+}
+
+
+def source(found: dict[str, Any]) -> str:
+    """Device, versions, commit and date of a results file, in one line."""
+    about = found["about"]
+    versions = about.get("versions", {})
+    named = [f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions]
+    driver = [f"driver {about['driver']}"] if "driver" in about else []
+    return ", ".join(
+        [about["device"], *driver, *named, f"commit {about.get('commit')}", str(about.get("date"))]
+    )
+
+
+def page(found: dict[str, Any]) -> str:
+    """One page of a results file: of the tables what matters most, what is most wanted last."""
+    keep: dict[str, Callable[[Row], bool]] = {
+        "sweeps": lambda r: r["size"] == "S" or r["layer"] in ("d6", "bottleneck"),
+        "kernels": lambda r: r["size"] != BOTH and r["batch"] in (1, 32),
+        "stages": lambda r: r["batch"] == 1,
+        "peers": lambda r: r["batch"] in (1, 32),
+        "end-to-end": lambda r: r["batch"] in (1, 16, 32),
+    }
+    parts = []
+    for name in ("sweeps", "kernels", "stages", "ceilings", "peers", "end-to-end", "checks",
+                 "targets"):  # fmt: skip
+        wanted = keep.get(name, lambda r: True)
+        kinds = KINDS.get(name, ())
+        rows = [r for r in found["rows"] if r["kind"] not in kinds or wanted(r)]
+        parts.append(f"{name}\n\n{TABLES[name]({**found, 'rows': rows})}")
+    left = found["about"].get("left_out", [])
+    if left:
+        parts.append(f"Left out for lack of time ({len(left)} noted): complete with --resume.")
+    parts.append("Whole tables: python -m bench.report.tables results.json")
+    return "\n\n".join([source(found), *parts]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.report.tables", description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--table", choices=TABLES, nargs="+", default=list(TABLES))
+    options = parser.parse_args(argv)
+    found = record.read(options.file)
+    print(source(found))
+    for name in options.table:
+        print(f"\n{name}\n\n{TABLES[name](found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+"""Times beside accuracy, on a user's machine.
+
+Never: peers (bench/ has them).
+"""

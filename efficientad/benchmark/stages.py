@@ -1,0 +1,212 @@
+"""Where a call's time goes, stage by stage.
+
+Each stage runs alone, on the predictor's own buffers, with its data in the caches: the sum of the
+stages need not be the time of a call.
+
+On a CPU, and for what the host does, a stage is timed by the clock. On CUDA the stages of the graph
+("frame path", "networks", "map") are captured again, each as a graph that holds it REPEATS times,
+and timed by events around a replay; "graph" is the predictor's own graph, replayed REPEATS times.
+In front of the first event runs the same work once more, so that the device is busy while the host
+submits: no launch gap is inside. The times are one repeat's.
+
+    frame path      normalise and pack (on a CPU: resize and pack) a frame of the network's size
+    networks        packed images -> distance maps
+    map             distance maps -> anomaly map at input size and score
+    graph           all three as the predictor runs them (CUDA): its time on the device
+    copy in         frames to the device from pinned memory (CUDA)
+    copy out        scores and maps to host values; on CUDA by the clock, as it waits
+    resize ...      a camera frame to a packed image, on the host, and on the device (CUDA)
+    decode ...      encoded bytes of a camera frame to pixels, on the host
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientad.benchmark.call_times import in_turn, summary
+from efficientad.benchmark.contenders import Row, row
+from efficientad.benchmark.end_to_end import CAMERA, DECODES, defaults, encoded, facts
+from efficientad.fast.frame_inputs import read_frame
+from efficientad.fast.predictor import FastPredictor
+from efficientad.model.synthetic import frames as random_frames
+from efficientad.ops import frame_path
+from efficientad.utils.cuda_graphs import captured
+
+REPEATS = 20
+_SAMPLES = 50  # events, at most
+_HOST_CALLS = 100  # by the clock, at most
+
+
+def stages(
+    predictor: FastPredictor,
+    batch: int = 1,
+    *,
+    calls: int | None = None,
+    frame_size: tuple[int, int] | None = CAMERA,
+) -> list[Row]:
+    """Times of the stages of one step of `batch` images, rows of kind "stage".
+
+    Args:
+        predictor: nothing else may use it meanwhile.
+        batch: on CUDA one of its batch sizes, on a CPU at most the largest.
+        calls: of each stage; None: `benchmark.defaults`. At most 100 by the clock and 50 samples of
+            REPEATS by events.
+        frame_size: (height, width) of the camera frame of the last stages; None leaves them out.
+
+    Raises:
+        ValueError: a batch that the predictor has no buffers for.
+    """
+    sizes = predictor.batch_sizes
+    if batch not in sizes and (predictor.device.type == "cuda" or not 1 <= batch <= sizes[-1]):
+        raise ValueError(f"batch is {batch}; the predictor has buffers for {list(sizes)}")
+    options = defaults(predictor.device)
+    calls = options["calls"] if calls is None else calls
+    measure = _cuda_stages if predictor.device.type == "cuda" else _cpu_stages
+    with predictor._lock, predictor._on_device(), torch.no_grad():
+        found = measure(predictor, batch, calls)
+        if frame_size is not None:
+            found |= _frame_stages(predictor, frame_size, calls)
+    shared = facts(predictor, None, batch)
+    return [row("stage", name, **(shared | values)) for name, values in found.items()]
+
+
+# ---- on a CPU --------------------------------------------------------------------------------
+
+
+def _cpu_stages(predictor: FastPredictor, batch: int, calls: int) -> dict[str, Row]:
+    backend, runner = predictor._backend, predictor._runner
+    frames = random_frames(batch, *predictor.image_size)
+    packed = runner.packed(batch)
+    result = runner.run(batch)
+
+    def fill() -> None:
+        for place, frame in zip(packed, frames, strict=True):
+            _resize(predictor, frame, place)
+
+    def copy_out() -> None:
+        result.score.clone().numpy(), result.anomaly_map.clone().numpy()
+
+    return _by_clock(
+        {
+            "frame path": fill,
+            "networks": partial(backend.distance_maps, packed),
+            "map": partial(
+                backend.anomaly_map, result.maps, predictor.image_size, predictor.map_padding, None
+            ),
+            "copy out": copy_out,
+        },
+        calls,
+        batch,
+    )
+
+
+def _by_clock(functions: dict[str, Callable], calls: int, images: int) -> dict[str, Row]:
+    calls = min(calls, _HOST_CALLS)
+    times = in_turn(functions, warmup=max(1, calls // 10), calls=calls, rounds=5, seconds=8.0)
+    return {
+        name: summary(one.rounds, images) | {"warmup": one.warmup, "timing": "clock"}
+        for name, one in times.items()
+    }
+
+
+def _resize(predictor: FastPredictor, frame: Any, place: Tensor) -> None:
+    """A frame of any size to a packed image, as the predictor does it."""
+    backend = predictor._backend
+    mean, std = predictor._normalization
+    options = {"border": backend.border, "channels": backend.channels, "dtype": backend.dtype}
+    frame_path.resize_pack(frame, predictor.image_size, mean, std, **options, out=place)
+
+
+# ---- on CUDA ---------------------------------------------------------------------------------
+
+
+def _cuda_stages(predictor: FastPredictor, batch: int, calls: int) -> dict[str, Row]:
+    backend, runner = predictor._backend, predictor._runner
+    packed, on_device = runner.packed(batch), runner.frames(batch)
+    on_device.copy_(torch.from_numpy(random_frames(batch, *predictor.image_size)))
+    pinned = torch.empty(on_device.shape, dtype=torch.uint8, pin_memory=True)
+    result = runner.run(batch, from_frames=True)
+    maps = tuple(m.clone() for m in result.maps)
+    anomaly_map, score = result.anomaly_map.clone(), result.score.clone()
+    arguments = (maps, predictor.image_size, predictor.map_padding, (anomaly_map, score))
+    stream = predictor._stream
+    captured = {
+        "frame path": partial(backend.pack, on_device, packed, channels_last=True),
+        "networks": partial(backend.distance_maps, packed),
+        "map": partial(backend.anomaly_map, *arguments),
+    }
+    launched = {
+        "graph": partial(runner.run, batch, from_frames=True),
+        "copy in": partial(on_device.copy_, pinned, non_blocking=True),
+    }
+    works = {name: _graph(function, stream) for name, function in captured.items()}
+    works |= {name: partial(_repeat, function) for name, function in launched.items()}
+    samples = max(1, min(calls, _SAMPLES))
+    found = {name: _by_events(work, samples, batch) for name, work in works.items()}
+
+    def copy_out() -> None:
+        score.cpu().numpy(), anomaly_map.cpu().numpy()
+
+    stream.synchronize()
+    return found | _by_clock({"copy out": copy_out}, calls, batch)
+
+
+def _graph(function: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """The replay of a graph that holds `function` REPEATS times."""
+    for _ in range(2):  # whatever is chosen or allocated at first use, outside the capture
+        function()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with captured(graph, stream):
+        _repeat(function)
+    return graph.replay
+
+
+def _repeat(function: Callable[[], object]) -> None:
+    for _ in range(REPEATS):
+        function()
+
+
+def _by_events(work: Callable[[], object], samples: int, images: int) -> Row:
+    """Times of a REPEATS-th of `work` on the current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for i in range(samples + 3):
+        work()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end) / REPEATS)
+    return summary([times], images) | {"warmup": 3, "timing": "events", "repeats": REPEATS}
+
+
+# ---- camera frames ---------------------------------------------------------------------------
+
+
+def _frame_stages(
+    predictor: FastPredictor, frame_size: tuple[int, int], calls: int
+) -> dict[str, Row]:
+    """Resizing and decoding of a camera frame; rows of batch 1."""
+    on_cuda = predictor.device.type == "cuda"
+    frame = random_frames(1, *frame_size)
+    place = predictor._runner.packed(1)[0]
+    on_host = torch.empty(place.shape, dtype=place.dtype, pin_memory=on_cuda)
+    size = f"{frame_size[1]}x{frame_size[0]}"
+    functions = {f"resize {size}": partial(_resize, predictor, frame[0], on_host)}
+    for kind in DECODES:
+        functions[f"decode {kind.upper()} {size}"] = partial(read_frame, encoded(frame, kind)[0])
+    found = _by_clock(functions, calls, 1)
+    if on_cuda:
+        there = torch.from_numpy(frame[0]).to(predictor.device)
+        work = _graph(partial(_resize, predictor, there, place), predictor._stream)
+        samples = max(1, min(calls, _SAMPLES))
+        found[f"resize {size} on the device"] = _by_events(work, samples, 1)
+    extra = {"batch": 1, "frame_size": list(frame_size)}
+    return {name: values | extra for name, values in found.items()}

@@ -1,0 +1,4 @@
+"""A model as a file: ours, others', teachers, ONNX. The only room that opens model files.
+
+Never: training.
+"""

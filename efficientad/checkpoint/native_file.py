@@ -1,0 +1,249 @@
+"""Our own file format, its atomic writer and its self-test.
+
+One safetensors file per detector: the tensors of its `state_dict()`, and in the header the
+settings, the provenance, a checksum of the tensors and golden values of a small built-in image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from efficientad.checkpoint.contents import Contents, build_detector, check_weights, read_finite
+from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor, reading
+from efficientad.model.detector import EfficientAD
+from efficientad.utils.files import replace_file
+
+FORMAT = "efficientad"
+FORMAT_VERSION = 1
+# Relative. Measured on S and M: another thread count, memory layout or convolution library, or
+# float64, changes a golden value by at most 4e-7; two layers swapped or a filter mirrored, by about
+# 1e-2. 1e-3 leaves room for processors that round float32 convolutions. Single bits are the
+# checksum's task.
+GOLDEN_TOLERANCE = 1e-3
+_STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_BUFFERS = {
+    "image_mean": (1, 3, 1, 1),
+    "image_std": (1, 3, 1, 1),
+    "teacher_mean": (1, 384, 1, 1),
+    "teacher_std": (1, 384, 1, 1),
+    "quantiles": (4,),
+}
+
+
+def save(detector: EfficientAD, path: str | os.PathLike) -> None:
+    """Write a detector to one safetensors file, atomically: an old file stays until it is whole.
+
+    Weights keep their dtype (float32, float16, bfloat16; float64 becomes float32). `threshold` and
+    `provenance` (JSON values) are kept.
+
+    Raises:
+        CheckpointError: NaN or infinite weights, or a provenance that JSON cannot hold.
+        FileNotFoundError: the folder does not exist.
+    """
+    path = Path(path)
+    if not isinstance(detector, EfficientAD):
+        raise ValueError(f"detector is a {type(detector).__name__}; it must be an EfficientAD")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder; create it first")
+    tensors = {name: _storable(name, value) for name, value in detector.state_dict().items()}
+    config = {
+        "size": detector.size,
+        "padding": detector.padding,
+        "image_size": list(detector.image_size),
+        "border": detector.border,
+        "map_padding": detector.map_padding,
+        "score_size": detector.score_size,
+        "threshold": None if detector.threshold is None else float(detector.threshold),
+        "has_statistics": detector.has_statistics,
+    }
+    lazy = {
+        name: LazyTensor(tuple(value.shape), lambda value=value: value)
+        for name, value in tensors.items()
+    }
+    golden = golden_values(build_detector(_contents(config, {}, lazy, path), path))
+    if not all(map(math.isfinite, golden.values())):
+        raise CheckpointError(f"the detector's maps overflow on the built-in image ({golden})")
+    try:
+        texts = [json.dumps(v, allow_nan=False) for v in (config, detector.provenance, golden)]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"threshold or provenance cannot be stored as JSON: {error}"
+        ) from error
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": texts[0],
+        "provenance": texts[1],
+        "golden": texts[2],
+        "sha256": _digest(tensors),
+    }
+    _write_atomically(path, tensors, metadata)
+
+
+def load_native(
+    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, LazyTensor], verify: bool
+) -> EfficientAD:
+    """The detector of a file of `save`, opened by `open_safetensors`; see `checkpoint.load`."""
+    version = metadata.get("format_version", "")
+    if not re.fullmatch(r"[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}; this efficientad reads up to "
+            f"{FORMAT_VERSION}: upgrade efficientad"
+        )
+    config, provenance, golden = (
+        json.loads(metadata[key]) for key in ("config", "provenance", "golden")
+    )
+    detector = build_detector(_contents(config, provenance, tensors, path), path)
+    if verify:
+        _self_test(detector, golden, tensors, metadata.get("sha256"), path)
+    return detector
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, str], dict[str, LazyTensor]]:
+    """Header metadata and tensors (still in the file) of a safetensors file.
+
+    Raises:
+        CheckpointError: a header that does not fit the file, or anything else that is wrong in it.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        declared = int.from_bytes(file.read(8), "little")
+    if declared > size - 8:
+        raise CheckpointError(
+            f"{path} declares a header of {declared} bytes and has {size} bytes; it is truncated, "
+            "damaged or no safetensors file"
+        )
+    with reading(path):
+        file = safetensors.safe_open(path, framework="pt")
+        tensors = {}
+        for name in file.keys():
+            shape = tuple(file.get_slice(name).get_shape())
+            tensors[name] = LazyTensor(shape, lambda name=name: file.get_tensor(name))
+        return file.metadata() or {}, tensors
+
+
+def _storable(name: str, value: Tensor) -> Tensor:
+    value = value.detach().to("cpu")
+    value = value.float() if value.dtype == torch.float64 else value
+    if value.dtype not in _STORED_DTYPES:
+        raise CheckpointError(
+            f"{name} has dtype {value.dtype}; expected float32, float16 or bfloat16"
+        )
+    if name != "quantiles" and not torch.isfinite(value).all():
+        raise CheckpointError(f"{name} has a NaN or infinite entry; such a detector is not saved")
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' bytes: golden values do not see one weak bit among millions."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        replace_file(path, lambda part: save_file(dict(tensors), part, metadata), durable=True)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def golden_image() -> Tensor:
+    """The image (1, 3, 256, 256) of the self-test: integer arithmetic, no random numbers."""
+    row = torch.arange(256).view(1, 256, 1)
+    column = torch.arange(256).view(1, 1, 256)
+    channel = torch.arange(3).view(3, 1, 1)
+    blocks = (row // 32 + column // 16 + channel) % 5
+    value = (row * 3 + column * 5 + row * column // 64 + channel * 41 + blocks * 29) % 256
+    return value[None].float() / 255
+
+
+@torch.no_grad()
+def golden_values(detector: EfficientAD) -> dict[str, float]:
+    """Mean and maximum of both raw maps of the built-in image, and the score if calibrated."""
+    map_st, map_ae = detector.distance_maps(golden_image())
+    values = {
+        f"map_{kind}_{name}": getattr(values, name)().item()
+        for kind, values in (("st", map_st), ("ae", map_ae))
+        for name in ("mean", "max")
+    }
+    if detector.calibrated:
+        values["score"] = detector.anomaly_map(map_st, map_ae, (256, 256))[1].item()
+    return values
+
+
+def _self_test(
+    detector: EfficientAD,
+    golden: dict[str, float],
+    tensors: Mapping[str, LazyTensor],
+    digest: str | None,
+    path: Path,
+) -> None:
+    advice = "The file is damaged or was made by an incompatible version; load(verify=False) skips"
+    if _digest({name: value.read() for name, value in tensors.items()}) != digest:
+        raise CheckpointError(f"{path}: the checksum of the tensors differs. {advice}")
+    now = golden_values(detector)
+    if set(now) != set(golden):
+        raise CheckpointError(f"{path}: golden values {sorted(golden)}, expected {sorted(now)}")
+    scale = {name: max(abs(value), abs(golden[name])) for name, value in now.items()}
+    if "score" in scale:  # a difference of large terms: its error is that of the terms
+        a_st, a_ae, offset = (abs(v) for v in detector.affine.tolist()[:3])
+        scale["score"] = a_st * now["map_st_max"] + a_ae * now["map_ae_max"] + offset
+    for name, value in now.items():
+        if not abs(value - golden[name]) <= GOLDEN_TOLERANCE * scale[name]:
+            raise CheckpointError(
+                f"{path}: self-test: {name} is {value:.6g}, stored {golden[name]:.6g}. {advice}"
+            )
+
+
+def _contents(
+    config: dict, provenance: dict, tensors: Mapping[str, LazyTensor], path: Path
+) -> Contents:
+    """`Contents` of a native file; the constructor of EfficientAD checks most of the settings."""
+    check_weights({name: tensors[name] for name in _BUFFERS if name in tensors}, _BUFFERS, path)
+    values = {
+        name: read_finite(name, tensors[name], path) for name in _BUFFERS if name != "quantiles"
+    }
+    for name in ("padding", "has_statistics"):
+        if not isinstance(config[name], bool):
+            raise CheckpointError(f"{path}: {name} is {config[name]!r}; expected true or false")
+    quantiles = tensors["quantiles"].read().float()
+    is_set = torch.isfinite(quantiles)
+    if bool(is_set.any()) and not bool(is_set.all()):
+        raise CheckpointError(f"{path} has half-set quantiles {quantiles.tolist()}")
+    threshold = config["threshold"]
+    if threshold is not None and not (isinstance(threshold, float) and math.isfinite(threshold)):
+        raise CheckpointError(
+            f"{path}: threshold is {threshold!r}; expected a finite number or null"
+        )
+    if not isinstance(provenance, dict):
+        raise CheckpointError(f"{path}: provenance is not a JSON object")
+    return Contents(
+        config["size"],
+        {name: value for name, value in tensors.items() if name not in _BUFFERS},
+        padding=config["padding"],
+        border=config["border"],
+        map_padding=config["map_padding"],
+        score_size=config["score_size"],
+        image_size=tuple(config["image_size"]),
+        statistics=(values["teacher_mean"], values["teacher_std"])
+        if config["has_statistics"]
+        else None,
+        quantiles=tuple(quantiles.tolist()) if bool(is_set.all()) else None,
+        threshold=threshold,
+        normalization=(values["image_mean"], values["image_std"]),
+        provenance=provenance,
+    )

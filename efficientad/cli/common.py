@@ -1,0 +1,93 @@
+"""What the commands share (loading, progress, exit codes)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from efficientad.model.detector import EfficientAD
+
+EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ANOMALY = 0, 1, 2, 3
+EXIT_STOPPED = 130  # by Ctrl-C
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as it was given."""
+
+
+def load_detector(path: str, device: str) -> EfficientAD:
+    from efficientad.checkpoint.loading import load
+    from efficientad.utils.devices import choose_device
+
+    return load(path).to(choose_device(device))
+
+
+def require_calibration(detector: EfficientAD) -> None:
+    """Fail before the work, not at the first image."""
+    if not detector.calibrated:
+        detector.raise_uncalibrated()
+
+
+def refuse_overwrite(out: Path, force: bool, but: Path | None = None) -> None:
+    if out.exists() and out != but and not force:
+        raise UsageError(f"{out} exists; give --force to replace it, or another name")
+
+
+def check_running(options: argparse.Namespace, fewest_workers: int = 0) -> None:
+    """ValueError unless --batch-size and --workers are usable."""
+    from efficientad.utils.checks import check_integer
+
+    if options.batch_size is not None:
+        check_integer("--batch-size", options.batch_size, 1)
+    check_integer("--workers", options.workers, fewest_workers)
+
+
+def list_failed(failed: Sequence[tuple[str, str]]) -> None:
+    for path, reason in failed:
+        print(f"failed: {path}: {reason}", file=sys.stderr)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    width = max(map(len, metrics), default=0)
+    for name, value in metrics.items():
+        shown = (
+            "undefined" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+        )
+        print(f"{name:<{width}}  {shown}")
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """A callable (what, done, total) that draws progress bars on a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield update

@@ -1,0 +1,218 @@
+"""The arguments and the run of `efficientad distill`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_EPILOG = """\
+The defaults are the paper's (Algorithm 3): 60,000 steps of 16 whole photos at a rate of 1e-4, which
+want a GPU and many photos. For some thousand photos on a CPU, for instance:
+  efficientad distill PHOTOS --backbone trunk.safetensors --out teacher.safetensors --steps 5000
+    --batch-size 4 --crop 128 --bank 1 --lr 7e-4 --schedule cosine --warmup 200 --ema 0.998
+The teacher's licence follows from the photos and the backbone; --license goes into its header.
+"""
+
+
+def add_distill(commands: argparse._SubParsersAction) -> None:
+    """Add the command's parser to those of the command line."""
+    command = commands.add_parser(
+        "distill",
+        help="make a teacher PDN from a backbone and photos",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "photos", nargs="+", help="photo files and folders of everyday things, thousands if you can"
+    )
+    add("--backbone", type=Path, required=True, metavar="FILE", help="ResNet-18 trunk or WRN-101")
+    add("--out", type=Path, required=True, help="teacher file to write (.safetensors)")
+    add("--size", choices=("S", "M"), default="S")
+    add("--steps", type=int, default=60_000)
+    add("--batch-size", type=int, default=16)
+    add("--lr", type=float, default=1e-4, help="learning rate (default 1e-4)")
+    add("--weight-decay", type=float, default=1e-5)
+    add("--schedule", choices=("constant", "cosine"), default="constant")
+    add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise of the rate")
+    add("--crop", type=int, metavar="PIXELS", help="train on windows (36..256, a multiple of 4)")
+    add("--flip", action="store_true", help="mirror photos at random")
+    add("--grey", type=float, default=0.1, help="probability of a grey photo (default 0.1)")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="deliver averaged weights (0: no)")
+    add(
+        "--bank",
+        type=int,
+        default=0,
+        metavar="VIEWS",
+        help="compute targets once, of VIEWS views "
+        "a photo, and keep them on the disk (3 MB each); 0: at every step",
+    )
+    add("--bank-folder", type=Path, metavar="FOLDER", help="default: beside the state")
+    add("--held-out", type=int, default=48, metavar="PHOTOS", help="never trained on (default 48)")
+    add("--every", type=int, default=500, metavar="STEPS", help="between held-out measurements")
+    add("--seed", type=int, default=0)
+    add("--state", type=Path, help="state of the run (default: OUT with suffix .state)")
+    add("--resume", action="store_true", help="go on from the state, exactly")
+    add("--force", action="store_true", help="replace an existing OUT or state")
+    add("--license", metavar="TEXT", help="what the teacher's header says of its licence")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--workers", type=int, default=2, help="decoding threads")
+
+
+def run_distill(options: argparse.Namespace) -> int:
+    """Run the command; 0, or 1 when some photos could not be read (they are listed).
+
+    Raises ValueError, OSError or ImportError, whose text the command line prints.
+    """
+    from efficientad.checkpoint.teachers import DEFAULT_LICENSE
+    from efficientad.data.images import find_images
+    from efficientad.distillation.backbones import check_backbone, file_digest, load_backbone
+    from efficientad.distillation.distiller import Distillation
+    from efficientad.distillation.recipe import Recipe
+
+    state = options.state or options.out.with_suffix(".state")
+    _check_outputs(options, state)
+    recipe = Recipe(
+        **{
+            name: getattr(options, name)
+            for name in (
+                "size steps batch_size lr weight_decay schedule warmup crop flip grey ema bank "
+                "held_out seed"
+            ).split()
+        }
+    )
+    device = _device(options.device)
+    photos = find_images(options.photos)
+    backbone = load_backbone(options.backbone).to(device)
+    check_backbone(backbone, device)
+    with _progress() as (progress, log), _interruptible() as stop:
+        run = Distillation(
+            recipe,
+            photos,
+            backbone,
+            backbone_facts={
+                "name": options.backbone.name,
+                "kind": type(backbone).__name__,
+                "sha256": file_digest(options.backbone),
+            },
+            state=state,
+            resume=options.resume,
+            bank_folder=options.bank_folder,
+            device=device,
+            workers=options.workers,
+            progress=progress,
+        )
+        run.run(
+            options.out,
+            every=options.every,
+            license=options.license or DEFAULT_LICENSE,
+            log=log,
+            stop=stop,
+        )
+    if run.step < recipe.steps:
+        print(f"stopped at step {run.step}; go on with the same command and --resume")
+    print(f"saved: {options.out} (PDN-{recipe.size}, step {run.step} of {recipe.steps})")
+    for path, reason in run.data.failed.items():
+        print(f"could not read {path}: {reason}", file=sys.stderr)
+    return 1 if run.data.failed else 0
+
+
+def _check_outputs(options: argparse.Namespace, state: Path) -> None:
+    """Fail before hours of work, not after them."""
+    for path in (options.out, state):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} is not a folder; create it first")
+        if path.exists() and not (options.force or options.resume):
+            raise ValueError(f"{path} exists; --resume goes on with it, --force replaces it")
+    if state == options.out:
+        raise ValueError(f"--state and --out are both {state}; they are two files")
+    probe = options.out.with_name(f".{options.out.name}.probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{options.out} cannot be written: {error}") from error
+    if options.every < 1 or options.workers < 0:
+        raise ValueError("--every must be at least 1 and --workers at least 0")
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}; it must be auto, cpu or cuda[:N]") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r} and torch sees no CUDA device; use cpu or auto")
+    return device
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """A function that says whether Ctrl-C or SIGTERM came; a second one ends the run at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("stopping after this step ...", file=sys.stderr)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(number, handle) for number in numbers]
+    except ValueError:  # not in the main thread
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
+    """(progress, log): bars with the time to go on a terminal; elsewhere a line twice a minute."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    shown = [time.monotonic()]
+    if not console.is_terminal:
+
+        def line(what: str, done: int, total: int) -> None:
+            if time.monotonic() - shown[0] > 30:
+                shown[0] = time.monotonic()
+                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+        yield line, lambda text: print(text, flush=True)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console
+    ) as bars:
+        tasks: dict[str, object] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield update, lambda text: bars.console.print(text, highlight=False)

@@ -1,0 +1,202 @@
+"""The run of `efficientad predict`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from efficientad.cli.common import (
+    EXIT_ANOMALY,
+    EXIT_OK,
+    EXIT_SOME_FAILED,
+    UsageError,
+    check_running,
+    list_failed,
+    load_detector,
+    progress_bars,
+    require_calibration,
+)
+
+if TYPE_CHECKING:
+    from efficientad.fast.predictor import FastPredictor
+    from efficientad.model.detector import EfficientAD
+    from efficientad.results.prediction import Prediction
+
+OnError = Callable[[int, Any, Any], None]
+Run = Callable[[list[Path], OnError], "Iterator[Prediction]"]
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """Score images, write overlays, maps and a report; returns the exit code."""
+    from efficientad.data.images import ImageError, read_image
+    from efficientad.results.output_folder import ResultFolder, output_names
+    from efficientad.utils.files import plain_text
+
+    _check(options)
+    paths = _inputs(options)
+    detector = load_detector(options.model, "cpu")
+    if options.threshold is not None:
+        detector.threshold = options.threshold
+    require_calibration(detector)
+    if options.fail_on_anomaly and detector.threshold is None:
+        raise UsageError(
+            "--fail-on-anomaly needs a threshold and the detector has none; give --threshold, or "
+            f"run `efficientad calibrate {options.model} GOOD_IMAGES`"
+        )
+    notes = _notes(options, detector)
+    run = _prepare(detector, options)  # the detector may lie on a GPU now
+    folder = ResultFolder(
+        options.out,
+        detector.threshold,
+        overlays=None if options.no_overlays else options.out / "overlays",
+        maps=None if options.no_maps else options.out / "maps",
+    )
+    names = output_names(paths)
+    complete = False
+    try:
+        with progress_bars() as progress:
+            for prediction in run(
+                paths, lambda index, source, error: folder.fail(source, error.reason)
+            ):
+                path = paths[prediction.index]
+                try:
+                    image = prediction.image if prediction.image is not None else read_image(path)
+                except (ImageError, OSError) as error:
+                    folder.fail(path, f"scored, but not readable again: {error}")
+                    continue
+                folder.add(prediction, path, names[prediction.index], image=image)
+                progress("images", prediction.index + 1, len(paths))
+        complete = True
+    finally:  # also when it is interrupted: hours of scores
+        if not complete:
+            notes.append(f"The run stopped early: {len(folder.rows)} of {len(paths)} were scored.")
+        report = folder.close(f"Predictions of {Path(options.model).name}", notes=notes)
+        anomalies = sum(bool(row["is_anomalous"]) for row in folder.rows)
+        print(f"{len(folder.rows)} images, {anomalies} anomalous, {len(folder.failed)} failed")
+        if detector.threshold is None:
+            print("no threshold: no image was judged; give --threshold or calibrate the detector")
+        print(f"report: {plain_text(report)}")
+        list_failed(folder.failed)
+    if anomalies and options.fail_on_anomaly:
+        return EXIT_ANOMALY
+    return EXIT_SOME_FAILED if folder.failed else EXIT_OK
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that contradict each other or would do nothing."""
+    check_running(options, fewest_workers=1)
+    if options.threshold is not None and not math.isfinite(options.threshold):
+        raise UsageError(f"--threshold is {options.threshold}; it must be a finite number")
+    if options.reference and options.tiles is not None:
+        raise UsageError("--tiles needs the fast path; leave out --reference")
+    if options.reference and options.dtype != "auto":
+        raise UsageError(
+            f"--dtype is {options.dtype}, and --reference computes in float32; leave one out"
+        )
+
+
+def _inputs(options: argparse.Namespace) -> list[Path]:
+    """The images to score, without what this or an earlier run wrote into the output folder."""
+    from efficientad.data.images import find_images
+    from efficientad.results.output_folder import earlier_files
+
+    out = options.out.resolve()
+    ours = {_place(path) for path in earlier_files(options.out)}
+    kept: list[Path] = []
+    found = 0
+    for named in map(Path, options.images):
+        paths = find_images(named)
+        found += len(paths)
+        around = named.is_dir() and named.resolve() in out.parents
+        for path in paths:
+            place = _place(path)
+            if place not in ours and not (around and out in place.parents):
+                kept.append(path)
+    if not kept:
+        raise UsageError(
+            f"all images named lie in the output folder {options.out}; name another one with --out"
+        )
+    if len(kept) < found:
+        print(f"left out: {found - len(kept)} pictures in the output folder {options.out}")
+    return kept
+
+
+def _place(path: Path) -> Path:
+    """The path with the links of its folder followed, but not its own."""
+    return path.parent.resolve() / path.name
+
+
+def _notes(options: argparse.Namespace, detector: EfficientAD) -> list[str]:
+    """Sentences for the report; one that doubts the verdicts is printed too."""
+    if detector.threshold is None:
+        return ["The detector has no threshold."]
+    if options.tiles is None or options.threshold is not None:
+        return []
+    doubt = (
+        "Scores in tiles are judged by the detector's own threshold. They are comparable with it "
+        "only if the detector was trained and calibrated on such crops. If it saw whole images, "
+        "the verdicts cannot be trusted: calibrate it on crops, or give --threshold."
+    )
+    print(f"warning: {doubt}", file=sys.stderr)
+    return [doubt]
+
+
+def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:
+    """What gives predictions with host values and maps at source size, on the path asked for.
+
+    All that can be wrong with the options shows here, before the output folder is touched.
+    """
+    if options.reference:
+        from efficientad.results.prediction import predict
+        from efficientad.utils.devices import choose_device
+
+        detector.to(choose_device(options.device))
+        return lambda paths, on_error: predict(
+            detector,
+            paths,
+            batch_size=options.batch_size or 8,
+            workers=options.workers,
+            on_error=on_error,
+        )
+    from efficientad.fast.predictor import FastPredictor
+    from efficientad.utils.devices import DEFAULT_BUCKETS
+
+    most, sizes = options.batch_size, None
+    if most is not None:
+        sizes = (*(size for size in DEFAULT_BUCKETS["cuda"] if size < most), most)
+    predictor = FastPredictor(
+        detector, device=options.device, dtype=options.dtype, batch_sizes=sizes
+    )
+    if options.tiles is None:
+        return lambda paths, on_error: (
+            prediction.cpu()
+            for prediction in predictor.stream(
+                paths, map_size="source", workers=options.workers, on_error=on_error
+            )
+        )
+    from efficientad.fast.tiles import check_tiles
+
+    check_tiles(predictor.image_size, predictor.image_size, options.tiles)
+    return lambda paths, on_error: _in_tiles(predictor, paths, options.tiles, on_error)
+
+
+def _in_tiles(
+    predictor: FastPredictor, paths: list[Path], overlap: int, on_error: OnError
+) -> Iterator[Prediction]:
+    from efficientad.data.images import ImageError, read_image
+
+    for index, path in enumerate(paths):
+        try:
+            prediction = predictor.predict_large(read_image(path), overlap=overlap).cpu()
+        except ImageError as error:
+            on_error(index, path, error)
+            continue
+        except (ValueError, OSError) as error:  # smaller than the network's input, or gone
+            on_error(index, path, ImageError(str(path), str(error)))
+            continue
+        prediction.index = index
+        yield prediction

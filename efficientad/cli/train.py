@@ -1,0 +1,181 @@
+"""`efficientad train`.
+
+Exit codes: 0 trained; 1 trained, but some images could not be read (they are listed); 130 stopped
+by Ctrl-C, with the state on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from efficientad.cli.common import EXIT_STOPPED
+
+
+def add_train(commands: Any) -> None:
+    """Add the parser of `train` to the subparsers of the command line."""
+    command = commands.add_parser(
+        "train",
+        help="train a detector on good images",
+        description="Train student and autoencoder on good images (Algorithm 1 of the paper), "
+        "calibrate on those held out, and write one detector file. An interrupted training "
+        "continues with --resume.",
+    )
+    add = command.add_argument
+    add("data", type=Path, help="folder of good images, or MVTec AD, MVTec LOCO or VisA folder")
+    add("--out", type=Path, default=Path("detector.safetensors"), help="file to write")
+    add("--force", action="store_true", help="replace an existing file and checkpoint")
+    add("--layout", choices=("auto", "folder", "mvtec", "loco", "visa"), default="auto")
+    add("--category", help="object of a VisA or multi-object folder")
+    add("--size", choices=("S", "M"), default="S", help="small or medium networks (default S)")
+    add("--teacher", type=Path, help="teacher file; default: the one that ships")
+    add(
+        "--penalty",
+        type=Path,
+        metavar="PHOTOS",
+        help="folder of photos of anything for the pretraining penalty (ImageNet in the paper)",
+    )
+    add("--steps", type=int, default=70_000)
+    add("--batch-size", type=int, default=1, help="images per step (1 in the paper)")
+    add(
+        "--image-size",
+        type=int,
+        nargs=2,
+        default=(256, 256),
+        metavar=("HEIGHT", "WIDTH"),
+        help="images are resized to it; at least 256",
+    )
+    add("--padding", action="store_true", help="the padded networks (64 cells at 256 pixels)")
+    add("--learning-rate", type=float, default=1e-4)
+    add("--weight-decay", type=float, default=1e-5)
+    add("--hard-quantile", type=float, default=0.999, help="0: mean of all, an ablation")
+    add(
+        "--warm-start",
+        action="store_true",
+        help="start the student's inner layers from the teacher's: for short trainings",
+    )
+    add("--fpr", type=float, default=0.01, help="share of held-out images above the threshold")
+    add("--seed", type=int, default=42)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--deterministic", action="store_true", help="the same bits every time on a GPU; slower")
+    add("--workers", type=int, default=2, help="threads that decode and augment ahead")
+    add("--checkpoint", type=Path, help="state for --resume; default: OUT with suffix .training")
+    add("--checkpoint-every", type=int, default=1000, metavar="N", help="steps")
+    add("--resume", action="store_true", help="continue from the checkpoint if it is there")
+    add("--evaluate-every", type=int, default=0, metavar="N", help="steps; 0: not while training")
+    add("--log-every", type=int, default=100, metavar="N", help="steps between lines of losses")
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Carry out `efficientad train`; returns the exit code."""
+    from efficientad.checkpoint.teachers import teacher_license
+    from efficientad.data.datasets import open_dataset
+    from efficientad.training.fitting import fit
+    from efficientad.training.settings import TrainingStopped, state_beside
+
+    if options.out.exists() and not options.force and not options.resume:
+        raise ValueError(
+            f"{options.out} exists; give --resume to continue its training, --force to replace it, "
+            "or another name"
+        )
+    dataset = open_dataset(options.data, options.layout, options.category)
+    print(
+        f"{dataset.name}: {len(dataset.train)} good images to train on, "
+        f"{len(dataset.validation)} held out for validation, {len(dataset.test)} for tests"
+    )
+    if options.penalty is None:
+        print("warning: no --penalty: training without the pretraining penalty of the paper")
+    license = teacher_license(options.teacher) if options.teacher or options.size == "S" else None
+    if license is not None:
+        print(f"licence of the teacher, and so of the detector: {license}")
+    checkpoint = options.checkpoint or state_beside(options.out)
+    resumed = options.resume and checkpoint.exists()
+    if options.resume and not resumed:
+        print(f"no state in {checkpoint}: the training starts anew")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no penalty set")
+        try:
+            detector = fit(
+                dataset,
+                out=options.out,
+                size=options.size,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                teacher=options.teacher,
+                penalty=options.penalty,
+                image_size=tuple(options.image_size),
+                padding=options.padding,
+                seed=options.seed,
+                learning_rate=options.learning_rate,
+                weight_decay=options.weight_decay,
+                hard_quantile=options.hard_quantile,
+                warm_start=options.warm_start,
+                false_positive_rate=options.fpr,
+                device=options.device,
+                dtype=options.dtype,
+                workers=options.workers,
+                checkpoint=options.checkpoint,
+                checkpoint_every=options.checkpoint_every,
+                resume="auto" if options.resume else False,
+                force=options.force,
+                evaluate_every=options.evaluate_every,
+                log_every=options.log_every,
+                deterministic=options.deterministic,
+                progress=_told(resumed),
+                on_history=_Lines(options.steps),
+            )
+        except TrainingStopped as stopped:
+            print(stopped, file=sys.stderr)
+            return EXIT_STOPPED
+    facts = detector.provenance["training"]
+    held_out = detector.provenance["calibration"]["threshold_rests_on"]
+    print(f"threshold {detector.threshold:.6g} from {held_out} held-out images")
+    print(f"saved: {options.out}")
+    for path, reason in facts["unreadable"]:
+        print(f"failed: {path}: {reason}", file=sys.stderr)
+    return 1 if facts["unreadable"] else 0
+
+
+def _told(resumed: bool) -> Callable[[str, int, int], None]:
+    """A `progress` that says at which step a training was resumed."""
+    told: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if resumed and what == "training" and not told:
+            told.append(done)
+            print(f"resumed at step {done}", flush=True)
+
+    return progress
+
+
+class _Lines:
+    """Prints an entry of the history with the speed and the time that is left."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._last: tuple[int, float] | None = None
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        now, step = time.monotonic(), entry["step"]
+        line = (
+            f"step {step}/{self.steps}  loss {entry['loss']:.4f}  hard {entry['hard']:.4f}  "
+            f"penalty {entry['penalty']:.4f}  autoencoder {entry['autoencoder']:.4f}  "
+            f"student-autoencoder {entry['student_autoencoder']:.4f}"
+        )
+        if self._last is not None and step > self._last[0]:
+            speed = (step - self._last[0]) / (now - self._last[1])
+            left = round((self.steps - step) / speed)
+            line += (
+                f"  {speed:.2f} steps/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            )
+        self._last = step, now
+        print(line, flush=True)
+        if "metrics" in entry:
+            q = ", ".join(f"{value:.4g}" for value in entry["quantiles"])
+            print(f"  image AU-ROC {entry['metrics']['image AU-ROC']}  quantiles {q}", flush=True)

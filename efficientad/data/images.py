@@ -1,0 +1,189 @@
+"""Images to batches."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efficientad.data.decoding import ImageError, image_size, read_image, read_labels, source_name
+
+__all__ = [
+    "SUFFIXES",
+    "Batch",
+    "ImageError",
+    "find_images",
+    "image_size",
+    "load_batches",
+    "read_image",
+    "read_labels",
+    "resize_image",
+    "to_tensor",
+]
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .bmp .dib .tif .tiff .gif .webp .jp2 .j2k "
+    ".ppm .pgm .pbm .pnm".split()
+)
+
+
+@dataclass
+class Batch:
+    """Images of one size with where they came from.
+
+    indices: positions in the sources. images: (N, 3, H, W) float32 in 0..1. source_sizes: (height,
+    width) of each image before resizing. sources: what the images were read from.
+    """
+
+    indices: list[int]
+    images: Tensor
+    source_sizes: list[tuple[int, int]]
+    sources: list[Any]
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize uint8 (H, W, 3) to `size` (height, width), bilinear with antialiasing.
+
+    Pillow's BILINEAR, which the published implementations use through torchvision. An image that
+    has the size already is returned as it is.
+    """
+    from PIL import Image
+
+    if image.dtype != np.uint8 or image.ndim != 3:
+        raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    height, width = size
+    if image.shape[:2] == (height, width):
+        return image
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 images (H, W, 3) of one size to float32 (N, 3, H, W) in 0..1 (value / 255)."""
+    stacked = torch.from_numpy(np.stack(images))
+    return stacked.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
+
+
+def find_images(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+    """Image files named by paths and found in folders, in a stable order.
+
+    A named file is taken whatever its suffix. A folder is searched with its subfolders for the
+    suffixes of SUFFIXES in any case; its files come in lexicographic order of their path parts, and
+    hidden files and folders (".name") are skipped. FileNotFoundError names a path that does not
+    exist, ValueError a folder without an image.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(_walk(path), key=lambda p: p.parts)
+        if not inside:
+            raise ValueError(f"no image in folder {path} (suffixes: {' '.join(sorted(SUFFIXES))})")
+        found.extend(inside)
+    return found
+
+
+def load_batches(
+    sources: Iterable[Any],
+    image_size: tuple[int, int],
+    *,
+    batch_size: int = 8,
+    workers: int = 2,
+    on_error: Callable[[int, Any, ImageError], None] | None = None,
+) -> Iterator[Batch]:
+    """Read, resize and batch images, decoding ahead in threads.
+
+    sources: anything `read_image` reads; an iterator is read only a little ahead. image_size:
+    (height, width) of the batches. workers: threads; 0 decodes in the caller. The order is that of
+    the sources and the result does not depend on `workers`. At most batch_size + 2 workers images
+    are held.
+
+    An image that cannot be read is skipped after on_error(index, source, error); without on_error
+    its ImageError is raised (a missing file counts as unreadable here). Closing the iterator stops
+    the threads.
+    """
+    if batch_size < 1 or workers < 0:
+        raise ValueError(f"batch_size must be >= 1 and workers >= 0, got {batch_size}, {workers}")
+
+    def load(source: Any) -> tuple[np.ndarray, tuple[int, int]] | ImageError:
+        try:
+            image = read_image(source)
+        except FileNotFoundError:
+            return ImageError(source_name(source), "no such file")
+        except ImageError as error:
+            return error
+        return resize_image(image, image_size), image.shape[:2]
+
+    return _batches(load, sources, batch_size, workers, on_error)
+
+
+def _batches(load, sources, batch_size, workers, on_error) -> Iterator[Batch]:
+    rows: list[tuple[int, Any, np.ndarray, tuple[int, int]]] = []
+    for index, source, result in _ahead(load, sources, workers, batch_size):
+        if isinstance(result, ImageError):
+            if on_error is None:
+                raise result
+            on_error(index, source, result)
+            continue
+        rows.append((index, source, *result))
+        if len(rows) == batch_size:
+            yield _batch(rows)
+            rows = []
+    if rows:
+        yield _batch(rows)
+
+
+def _batch(rows: list[tuple[int, Any, np.ndarray, tuple[int, int]]]) -> Batch:
+    indices, sources, images, sizes = map(list, zip(*rows, strict=True))
+    return Batch(indices, to_tensor(images), sizes, sources)
+
+
+def _ahead(load, sources, workers, batch_size) -> Iterator[tuple[int, Any, Any]]:
+    """(index, source, load(source)) in order, with up to batch_size + 2 workers loads under way."""
+    if workers == 0:
+        for index, source in enumerate(sources):
+            yield index, source, load(source)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="efficientad-decode")
+    waiting: deque[tuple[int, Any, Future]] = deque()
+    numbered = enumerate(sources)
+    try:
+        while True:
+            room = batch_size + 2 * workers - len(waiting)
+            for index, source in itertools.islice(numbered, room):
+                waiting.append((index, source, pool.submit(load, source)))
+            if not waiting:
+                return
+            index, source, future = waiting.popleft()
+            yield index, source, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Image files below a folder, through links to folders, each real folder once."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield Path(parent, name)

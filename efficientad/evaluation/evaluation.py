@@ -1,0 +1,224 @@
+"""A detector's figures on a test set."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from efficientad.data.datasets import GOOD, DataSet, Sample, open_dataset
+from efficientad.data.images import read_image
+from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
+from efficientad.model.calibration import Progress
+from efficientad.model.detector import EfficientAD
+from efficientad.results.output_folder import ResultFolder, unique_names
+from efficientad.results.prediction import (
+    Prediction,
+    distance_maps,
+    image_score,
+    is_anomalous,
+    sized_map,
+)
+from efficientad.utils.checks import check_detector
+from efficientad.utils.files import plain_text
+
+_LISTED = 20  # names in a note
+
+
+@dataclass
+class Evaluation:
+    """What a detector does on the test images of a data set.
+
+    Attributes:
+        dataset: its name.
+        metrics: figure -> value, None where it is undefined (one class only, no masks). AU-ROC, AP
+            and F1-max of the images, AU-ROC per defect (each against the good images), AU-ROC and
+            AU-PRO of the pixels, for MVTec LOCO AD the saturated AU-PRO of its authors, and with a
+            threshold the numbers of false alarms and missed defects.
+        samples, scores: the test images that were scored, and their scores.
+        failed: (path, reason) of the others, and of those whose pictures could not be written.
+        notes: sentences about what is missing: masks, and with them the figures of the pixels.
+    """
+
+    dataset: str
+    metrics: dict[str, float | int | None]
+    samples: list[Sample] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate(
+    detector: EfficientAD,
+    data: DataSet | str | os.PathLike,
+    *,
+    out: str | os.PathLike | None = None,
+    maps: bool = False,
+    overlays: bool = False,
+    notes: Sequence[str] = (),
+    batch_size: int = 8,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score the test images of a data set and compute its metrics, in bounded memory.
+
+    Args:
+        detector: calibrated; it runs on its own device.
+        data: a `DataSet`, or a folder in the layout of MVTec AD, MVTec LOCO AD or VisA.
+        out: folder for `report.html`, `scores.csv` and `scores.json`; None writes nothing.
+        maps: also write `maps/<object>/test/<defect>/<stem>.tiff`, float32 at the image's own size,
+            as the MVTec evaluation scripts read them. Where images of a defect differ in nothing
+            but the suffix, the name keeps it.
+        overlays: also write a picture per image.
+        notes: sentences for the report.
+        batch_size, workers: images per forward pass and decoding threads.
+        progress: called with (what, images done, images in all).
+
+    Maps are resized, bilinear, to the size of the masks. An image or mask that cannot be read and a
+    score that is not finite are listed in `failed` and left out of the metrics.
+
+    Raises:
+        ValueError: not a detector, no test images; UncalibratedError: no statistics or quantiles.
+    """
+    check_detector(detector)
+    dataset = data if isinstance(data, DataSet) else open_dataset(data)
+    if not dataset.test:
+        raise ValueError(
+            f"{dataset.root} has no test images; `predict` scores images without labels"
+        )
+    if not detector.calibrated:
+        detector.raise_uncalibrated()
+    result = Evaluation(dataset.name, {}, notes=[*dataset.notes, *_missing_masks(dataset)])
+    folder = None
+    if out is not None:
+        folder = ResultFolder(
+            Path(out),
+            detector.threshold,
+            overlays=Path(out) / "overlays" if overlays else None,
+            maps=Path(out) / "maps" / dataset.name / "test" if maps else None,
+            failed=result.failed,
+        )
+    names = unique_names([Path(s.defect) / s.path.name for s in dataset.test])
+    # Saturated PRO is defined per folder of test images; each accumulator takes up to 48 MB.
+    pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)
+
+    def fail(path: Path, reason: str) -> None:
+        result.failed.append((plain_text(path), plain_text(reason)))
+
+    for raw in distance_maps(
+        detector,
+        [sample.path for sample in dataset.test],
+        batch_size=batch_size,
+        workers=workers,
+        on_error=lambda index, source, error: fail(source, error.reason),
+    ):
+        sample = dataset.test[raw.index]
+        score = image_score(detector, raw)
+        if progress is not None:
+            progress("test images", raw.index + 1, len(dataset.test))
+        own_size = sized_map(detector, raw, raw.source_size)
+        if folder is not None:
+            folder.add(
+                Prediction(raw.index, score, detector.threshold, own_size, raw.source_size),
+                sample.path,
+                names[raw.index],
+                image=read_image(sample.path),
+                label=sample.label,
+                defect=sample.defect,
+            )
+        if not math.isfinite(score):
+            fail(sample.path, f"its score is {score}")
+            continue
+        if dataset.has_masks:
+            part = sample.defect if dataset.saturation else ""
+            try:
+                _add_pixels(pixels[part], detector, dataset, sample, raw, own_size)
+            except (ValueError, FileNotFoundError) as error:  # ImageError is a ValueError
+                fail(sample.path, f"mask: {error}")
+                continue
+        result.samples.append(sample)
+        result.scores.append(score)
+
+    result.metrics = _figures(result, dataset, pixels, detector.threshold)
+    if folder is not None:
+        notes = [*notes, *result.notes]
+        folder.close(f"Evaluation on {dataset.name}", metrics=result.metrics, notes=notes)
+    return result
+
+
+def _missing_masks(dataset: DataSet) -> list[str]:
+    """A sentence that says why there are no figures of the pixels, if masks are missing."""
+    missing = dataset.without_masks
+    if not missing:
+        return []
+    count = sum(sample.label for sample in dataset.test)
+    if len(missing) == count:
+        return ["No figures of the pixels: no defective test image has a mask."]
+    listed = ", ".join(f"{sample.defect}/{sample.path.name}" for sample in missing[:_LISTED])
+    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+    return [
+        f"No figures of the pixels: {len(missing)} of {count} defective test images have no mask: "
+        f"{listed}{more}."
+    ]
+
+
+def _add_pixels(
+    pixels: PixelMetrics,
+    detector: EfficientAD,
+    dataset: DataSet,
+    sample: Sample,
+    raw: Any,
+    own_size: Any,
+) -> None:
+    """Add one map, at the size of its mask, to the pixel metrics."""
+    size = dataset.mask_size(sample)
+    sized = own_size if size == raw.source_size else sized_map(detector, raw, size)
+    if dataset.saturation:
+        pixels.update(sized, regions=dataset.read_regions(sample))
+    else:
+        pixels.update(sized, dataset.read_mask(sample))
+
+
+def _figures(
+    result: Evaluation,
+    dataset: DataSet,
+    pixels: dict[str, PixelMetrics],
+    threshold: float | None,
+) -> dict[str, float | int | None]:
+    labels = [sample.label for sample in result.samples]
+    image = image_metrics(labels, result.scores)
+    figures: dict[str, float | int | None] = {
+        "images": len(labels),
+        "image AU-ROC": image.au_roc,
+        "image AP": image.average_precision,
+        "image F1-max": image.f1_max,
+    }
+    scored = list(zip(result.samples, result.scores, strict=True))
+    for defect in sorted({sample.defect for sample in result.samples} - {GOOD}):
+        part = [(s.label, score) for s, score in scored if s.defect in (GOOD, defect)]
+        figures[f"image AU-ROC, {defect}"] = image_metrics(*zip(*part, strict=True)).au_roc
+    if pixels:
+        first, *rest = pixels.values()
+        if dataset.saturation:
+            for limit, area in saturated_pro(pixels)["mean"].items():
+                figures[f"AU-sPRO, FPR {limit:g}"] = area
+        for part in rest:
+            first.merge(part)
+        pixel = first.compute()
+        figures["pixel AU-ROC"] = pixel.au_roc
+        figures["pixel F1-max"] = pixel.f1_max
+        if not dataset.saturation:
+            for limit, area in pixel.au_pro.items():
+                figures[f"AU-PRO, FPR {limit:g}"] = area
+    if threshold is not None:
+        verdicts = [
+            (label, is_anomalous(score, threshold))
+            for label, (_, score) in zip(labels, scored, strict=True)
+        ]
+        figures["false alarms"] = sum(flag and not label for label, flag in verdicts)
+        figures["missed defects"] = sum(label and not flag for label, flag in verdicts)
+    return figures

@@ -1,0 +1,217 @@
+"""What a predictor computes with.
+
+A backend turns packed images into distance maps and these into anomaly maps. `KernelBackend` runs
+the Triton kernels, `Fp8Backend` too, with layers in fp8, and `TorchBackend` the folded torch
+network; they have the same methods, so that the predictor and its CUDA graphs do not know which
+they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from efficientad.fast.folded_network import FoldedNetwork, network_name
+from efficientad.fast.folding import FoldedWeights, fold
+from efficientad.fast.folding_fp8 import fold_fp8
+from efficientad.fast.fused_network import (
+    Plan,
+    Workspace,
+    autoencoder,
+    distance_maps,
+    forward,
+    trunk,
+)
+from efficientad.model.detector import EfficientAD
+from efficientad.ops import reference
+from efficientad.ops.operators import kernel
+from efficientad.utils.devices import FP8, full_float32
+
+# Largest and RMS difference of maps from float32's, as parts of max(0.1, largest |map|).
+BOUNDS = {
+    torch.float32: (1e-4, 2e-5),
+    torch.float16: (1e-2, 2e-3),
+    torch.bfloat16: (5e-2, 1e-2),
+    # From fp8's own definition. Hopper adds fp8 products with some 14 bits, which rounds part of
+    # the activations to another neighbour: simulated as errors of 0.4 % in every sum of all PDN
+    # layers from the second on, the maps moved by 1.8e-2 and by 2.3e-3 RMS.
+    FP8: (5e-2, 1e-2),
+}
+Maps = tuple[Tensor, Tensor]
+
+
+class Kernels:
+    """The Triton kernels under the names of `efficientad.ops.reference`, without checks."""
+
+    def __getattr__(self, name: str):
+        function = kernel(name)
+        setattr(self, name, function)
+        return function
+
+
+class KernelBackend:
+    """The fused kernels, with every activation in a buffer that is kept.
+
+    Args:
+        detector: calibrated; its weights are read.
+        dtype: float16 or bfloat16.
+        device: a CUDA device from sm_80 on, or the CPU in Triton's interpreter (tests).
+
+    The first run must have the largest batch; see `forward.Workspace`.
+    """
+
+    name = "triton kernels"
+    channels = 4
+
+    def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}; the kernels compute in float16 or bfloat16")
+        self.dtype, self.device = dtype, device
+        self.weights = self._fold(detector)
+        self.plan = Plan(
+            detector.size, detector.padding, detector.image_size, detector.map_padding, device
+        )
+        self.border = self.plan.border
+        self._kernels = Kernels()
+        self._workspace = Workspace()
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def _fold(self, detector: EfficientAD) -> FoldedWeights:
+        return fold(detector, self.dtype, self.device)
+
+    def reload(self, detector: EfficientAD) -> None:
+        """Take over another detector's weights, in place."""
+        self.weights.copy_(self._fold(detector))
+
+    def pack(self, image: Tensor, packed: Tensor, *, channels_last: bool) -> None:
+        """Normalise uint8 or float images into `packed` (N, H + 2 border, W + 2 border, 4)."""
+        mean, std = self.weights.image_mean, self.weights.image_std
+        options = {"channels_last": channels_last, "border": self.border, "out": packed}
+        self._kernels.pack(image, mean, std, **options)
+
+    def distance_maps(self, packed: Tensor) -> Maps:
+        """Packed images -> partial maps (P, N, h, w); the autoencoder on a stream of its own."""
+        run = self._workspace.runner(len(packed))
+        arguments = (self.plan, self.weights, packed, self._kernels, run)
+        with self._branch():
+            decoded = autoencoder(*arguments)
+        features = trunk(*arguments)
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        return distance_maps(self.weights, features, decoded, self._kernels)
+
+    @contextmanager
+    def _branch(self) -> Iterator[None]:
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def anomaly_map(
+        self, maps: Maps, size: tuple[int, int], padding: int, out: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Distance maps -> anomaly map (N, *size) and score (N,)."""
+        return self._kernels.anomaly_map(*maps, self.weights.affine, size, padding=padding, out=out)
+
+
+class Fp8Backend(KernelBackend):
+    """The kernels with PDN layers in float8_e4m3fn; images and the other layers are float16.
+
+    Args:
+        detector: calibrated; its weights are read. Its quantiles are those of other maps: see
+            `fp8.build_fp8`, which builds this.
+        largest, layers: as in `folding_fp8.fold_fp8`.
+        device: a CUDA device from sm_89 on, or the CPU in Triton's interpreter (tests).
+    """
+
+    name = "triton kernels, fp8"
+
+    def __init__(
+        self, detector: EfficientAD, largest: Sequence[Tensor], layers: str, device: torch.device
+    ) -> None:
+        self._largest, self._layers = largest, layers
+        super().__init__(detector, torch.float16, device)
+
+    def _fold(self, detector: EfficientAD) -> FoldedWeights:
+        return fold_fp8(detector, self._largest, self._layers, self.device)
+
+    def reload(self, detector: EfficientAD) -> None:
+        """Refused: scales, quantiles and the check of the ranking belong to one detector."""
+        raise ValueError(
+            "the predictor computes in fp8, whose scales and quantiles were measured with its own "
+            "detector; build a new predictor with calibration images"
+        )
+
+    def definition(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What the kernels are to give for images (N, 3, H, W): anomaly map and score.
+
+        The operations of `efficientad.ops.reference` on the same fp8 operands.
+        """
+        weights, options = self.weights, {"channels_last": False, "border": self.border}
+        packed = reference.pack(
+            image, weights.image_mean, weights.image_std, dtype=self.dtype, **options
+        )
+        with full_float32(), torch.autocast(self.device.type, enabled=False):
+            maps = forward(self.plan, weights, packed, reference)
+        size = self.plan.image_size
+        return reference.anomaly_map(*maps, weights.affine, size, padding=self.plan.map_padding)
+
+
+class TorchBackend:
+    """The folded torch network in channels_last; arguments as in `KernelBackend`.
+
+    dtype: float32, float16 (CUDA only), bfloat16 or float64.
+    """
+
+    channels = 3
+    border = 0
+
+    def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.network = FoldedNetwork(detector, dtype, device)
+        self.name = network_name(dtype, device)
+        wide = torch.promote_types(dtype, torch.float32)
+        self._mean, self._std, self._affine = (
+            value.flatten().to(device, wide, copy=True)
+            for value in (detector.image_mean, detector.image_std, detector.affine)
+        )
+
+    @torch.no_grad()
+    def reload(self, detector: EfficientAD) -> None:
+        """Take over another detector's weights, in place."""
+        self.network.reload(detector)
+        self._mean.copy_(detector.image_mean.flatten())
+        self._std.copy_(detector.image_std.flatten())
+        self._affine.copy_(detector.affine)
+
+    @torch.no_grad()
+    def pack(self, image: Tensor, packed: Tensor, *, channels_last: bool) -> None:
+        """Normalise uint8 or float images into `packed` (N, H, W, 3)."""
+        options = {"channels_last": channels_last, "dtype": self._mean.dtype}
+        packed.copy_(reference.pack(image, self._mean, self._std, **options)[..., :3])
+
+    @torch.no_grad()
+    def distance_maps(self, packed: Tensor) -> Maps:
+        """Packed images -> distance maps (N, h, w)."""
+        with full_float32(), torch.autocast(self.device.type, enabled=False):
+            return self.network(packed.permute(0, 3, 1, 2))
+
+    @torch.no_grad()
+    def anomaly_map(
+        self, maps: Maps, size: tuple[int, int], padding: int, out: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Distance maps -> anomaly map (N, *size) and score (N,)."""
+        result = reference.anomaly_map(*maps, self._affine, size, padding=padding)
+        if out is None:
+            return result
+        for place, value in zip(out, result, strict=True):
+            place.copy_(value)
+        return out
+
+
+Backend = KernelBackend | TorchBackend

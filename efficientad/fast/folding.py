@@ -1,0 +1,162 @@
+"""A detector's weights as the fast path wants them.
+
+Everything is folded in float64 and cast once. Folded exactly, in real arithmetic: the teacher's
+channel statistics into its last layer, the pool's quarter into the pooled layers from the second
+on, the minus sign of the differences into the student's last layer. The image normalisation is not
+folded: it belongs to `pack`, so that the zero padding of the padded network stays exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efficientad.model.detector import EfficientAD
+from efficientad.model.networks import PDN_LAYERS
+
+Layer = tuple[Tensor, Tensor]  # weight, bias
+
+
+@dataclass
+class FoldedWeights:
+    """Filters (Cout, K, K, Cin) in the computing dtype; biases and scales in at least float32.
+
+    A layer reads the dtype of its own filters and writes that of the next layer's.
+
+    Attributes:
+        image_mean, image_std: (3,), for `pack`.
+        trunk: per PDN layer but the last: weights and biases, one entry per network (teacher,
+            student), consecutive views of one buffer each. The first layer has four input channels.
+        encoder: the six encoder layers; the first has four input channels.
+        decoder: decoder layers 1 to 7.
+        last: weight_teacher, weight_student (negated), weight_autoencoder and bias of
+            `reference.pair_distance`.
+        affine: (4,), for `reference.anomaly_map`.
+        trunk_scales: per PDN layer but the last: the networks' scales like the biases, or None
+            where the filters are not fp8. last_scale: that of `reference.pair_distance`, or None.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+    trunk: list[tuple[list[Tensor], list[Tensor]]]
+    encoder: list[Layer]
+    decoder: list[Layer]
+    last: tuple[Tensor, Tensor, Tensor, Tensor]
+    affine: Tensor
+    trunk_scales: list[list[Tensor] | None]
+    last_scale: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, in a fixed order."""
+        yield from (self.image_mean, self.image_std)
+        for weights, biases in self.trunk:
+            yield from (*weights, *biases)
+        for layer in (*self.encoder, *self.decoder):
+            yield from layer
+        yield from (*self.last, self.affine)
+        for scales in self.trunk_scales:
+            yield from scales or ()
+        if self.last_scale is not None:
+            yield self.last_scale
+
+    def copy_(self, other: FoldedWeights) -> None:
+        """Take over other weights of the same network, in place: captured graphs stay valid.
+
+        Raises:
+            ValueError: weights of another network or padding.
+        """
+        pairs = list(zip(self.tensors(), other.tensors(), strict=False))
+        mine, theirs = ([tuple(t.shape) for t in side] for side in zip(*pairs, strict=True))
+        if mine != theirs or len(self.trunk) != len(other.trunk):
+            raise ValueError("the weights are of another network size; build a new predictor")
+        for own, new in pairs:
+            own.copy_(new)
+
+
+@torch.no_grad()
+def fold(
+    detector: EfficientAD, dtype: torch.dtype, device: torch.device | str | None = None
+) -> FoldedWeights:
+    """Fold and pack the weights of a calibrated detector for the fused operations.
+
+    Args:
+        detector: its weights are read, not changed.
+        dtype: of the filters; biases, statistics and the map's affine are float32 (float64 for
+            float64).
+        device: of the result; None is the detector's.
+
+    Raises:
+        UncalibratedError: statistics or quantiles are not set.
+    """
+    if not detector.calibrated:
+        detector.raise_uncalibrated()
+    device = detector.affine.device if device is None else torch.device(device)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def filters(weight: Tensor, channels: int = 0) -> Tensor:
+        weight = weight.double().permute(0, 2, 3, 1)
+        weight = F.pad(weight, (0, max(channels - weight.shape[3], 0)))
+        return weight.to(device, dtype, copy=True).contiguous()
+
+    def vector(value: Tensor) -> Tensor:
+        return value.detach().double().flatten().to(device, wide, copy=True)
+
+    def layer(conv: nn.Conv2d, channels: int = 0) -> Layer:
+        return filters(conv.weight, channels), vector(conv.bias)
+
+    networks = (detector.teacher, detector.student)
+    layers = PDN_LAYERS[detector.size]
+    trunk = []
+    for i, row in enumerate(layers[:-1], start=1):
+        convs = [getattr(network, f"conv{i}") for network in networks]
+        # The first layer keeps its quarter: `pack` feeds it, and 3 channels leave room to spare.
+        quarter = 0.25 if row.pool and i > 1 else 1.0
+        weights = [filters(c.weight * quarter, 4 if i == 1 else 0) for c in convs]
+        trunk.append((consecutive(weights), consecutive([vector(c.bias * quarter) for c in convs])))
+    encoder, decoder = detector.autoencoder.encoder, detector.autoencoder.decoder
+    return FoldedWeights(
+        image_mean=vector(detector.image_mean),
+        image_std=vector(detector.image_std),
+        trunk=trunk,
+        encoder=[layer(getattr(encoder, f"enconv{i}"), 4 if i == 1 else 0) for i in range(1, 7)],
+        decoder=[layer(getattr(decoder, f"deconv{i}")) for i in range(1, 8)],
+        last=_fold_last(detector, filters, vector),
+        affine=vector(detector.affine),
+        trunk_scales=[None] * len(trunk),
+    )
+
+
+def _fold_last(detector: EfficientAD, filters, vector) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last layer of all three networks as `reference.pair_distance` takes it."""
+    teacher_weight, teacher_bias = normalized_teacher(detector)
+    student = last_conv(detector.student)
+    deconv8 = detector.autoencoder.decoder.deconv8
+    own_bias = torch.cat([teacher_bias, deconv8.bias.double()])
+    return (
+        filters(teacher_weight),
+        filters(-student.weight),
+        filters(deconv8.weight),
+        vector(own_bias - student.bias.double()),
+    )
+
+
+def last_conv(network: nn.Module) -> nn.Conv2d:
+    """The last convolution of a PDN."""
+    return getattr(network, f"conv{len(PDN_LAYERS[network.size])}")
+
+
+def normalized_teacher(detector: EfficientAD) -> Layer:
+    """The teacher's last layer with its channel statistics folded in, OIHW, float64."""
+    conv = last_conv(detector.teacher)
+    mean, std = (v.double().flatten() for v in (detector.teacher_mean, detector.teacher_std))
+    weight = conv.weight.detach().double() / std[:, None, None, None]
+    return weight, (conv.bias.detach().double() - mean) / std
+
+
+def consecutive(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The same tensors as consecutive views of one buffer, cast to `dtype` if it is given."""
+    return list(torch.cat(tensors).to(dtype).split([len(t) for t in tensors]))

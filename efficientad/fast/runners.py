@@ -1,0 +1,141 @@
+"""Packed images to results, eagerly or in CUDA graphs.
+
+A runner owns the input buffers; on a GPU it has graphs for every bucket. It is filled with a batch,
+runs it and hands out the distance maps and the anomaly map with the scores; all of these are
+overwritten by the next run. The predictor serialises runs and copies what it returns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from efficientad.fast.backends import Backend, Maps
+from efficientad.utils.cuda_graphs import captured
+
+_SCORES_ALIGNED = 16  # floats; the map behind the scores starts on a 64-byte boundary
+
+
+class Result(NamedTuple):
+    """What a run left in the runner's buffers, for `images` images and padding up to the bucket.
+
+    maps: the distance maps, (P, N, h, w) or (N, h, w). anomaly_map: (N, H, W) at the network's
+    input size. score: (N,). joined: one flat tensor that holds scores and maps, or None.
+    """
+
+    maps: Maps
+    anomaly_map: Tensor
+    score: Tensor
+    joined: Tensor | None = None
+
+    def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """(score, anomaly_map) as views of a copy of `joined`."""
+        images = len(self.score)
+        start = joined.numel() - self.anomaly_map.numel()
+        return joined[:images], joined[start:].view(self.anomaly_map.shape)
+
+
+class EagerRunner:
+    """Runs the backend as it is, for exactly the images it is given."""
+
+    def __init__(
+        self, backend: Backend, image_size: tuple[int, int], map_padding: int, images: int
+    ) -> None:
+        self.backend, self.image_size, self.map_padding = backend, image_size, map_padding
+        height, width = (length + 2 * backend.border for length in image_size)
+        shape = (images, height, width, backend.channels)
+        self._packed = torch.zeros(shape, dtype=backend.dtype, device=backend.device)
+
+    def packed(self, bucket: int) -> Tensor:
+        """The input buffer of a batch of `bucket` images: (bucket, H, W, channels)."""
+        return self._packed[:bucket]
+
+    def run(self, bucket: int) -> Result:
+        """Run what lies in `packed(bucket)`."""
+        maps = self.backend.distance_maps(self.packed(bucket))
+        anomaly_map, score = self.backend.anomaly_map(maps, self.image_size, self.map_padding, None)
+        return Result(maps, anomaly_map, score)
+
+    def bytes(self) -> int:
+        """Memory of the input buffers."""
+        return self._packed.nbytes
+
+
+class GraphRunner(EagerRunner):
+    """One CUDA graph per bucket, from packed images on, and one that packs uint8 frames first.
+
+    Args:
+        buckets: the batch sizes, ascending.
+        stream: where everything runs.
+
+    Must be built and used under its device and stream. Nothing is allocated after construction.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        image_size: tuple[int, int],
+        map_padding: int,
+        buckets: tuple[int, ...],
+        stream: torch.cuda.Stream,
+    ) -> None:
+        super().__init__(backend, image_size, map_padding, buckets[-1])
+        self._frames = torch.zeros(
+            (buckets[-1], *image_size, 3), dtype=torch.uint8, device=backend.device
+        )
+        self._stream = stream
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Result]] = {}
+        for bucket in reversed(buckets):  # the largest batch sizes every buffer
+            result = self._allocate(bucket)
+            for from_frames in (False, True):
+                self._captured[bucket, from_frames] = self._capture(result, from_frames)
+
+    def frames(self, bucket: int) -> Tensor:
+        """The input buffer for frames of the network's size: uint8 (bucket, H, W, 3)."""
+        return self._frames[:bucket]
+
+    def run(self, bucket: int, *, from_frames: bool = False) -> Result:
+        """Replay the graph on what lies in `packed(bucket)` or `frames(bucket)`."""
+        graph, result = self._captured[bucket, from_frames]
+        graph.replay()
+        return result
+
+    def bytes(self) -> int:
+        joined = sum(
+            result.joined.nbytes
+            for (_, from_frames), (_, result) in self._captured.items()
+            if from_frames  # both graphs of a bucket share it
+        )
+        return super().bytes() + self._frames.nbytes + joined
+
+    def _allocate(self, bucket: int) -> Result:
+        """Output buffers of one bucket: the scores and, behind them, the maps."""
+        scores = -(-bucket // _SCORES_ALIGNED) * _SCORES_ALIGNED
+        height, width = self.image_size
+        joined = torch.zeros(scores + bucket * height * width, device=self.backend.device)
+        anomaly_map = joined[scores:].view(bucket, height, width)
+        return Result((), anomaly_map, joined[:bucket], joined)
+
+    def _step(self, result: Result, from_frames: bool) -> Maps:
+        bucket = len(result.score)
+        packed = self.packed(bucket)
+        if from_frames:
+            self.backend.pack(self.frames(bucket), packed, channels_last=True)
+        maps = self.backend.distance_maps(packed)
+        out = (result.anomaly_map, result.score)
+        self.backend.anomaly_map(maps, self.image_size, self.map_padding, out)
+        return maps
+
+    def _capture(self, result: Result, from_frames: bool) -> tuple[torch.cuda.CUDAGraph, Result]:
+        for _ in range(2):  # compiles, loads modules and chooses algorithms outside the capture
+            self._step(result, from_frames)
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # The pool is shared: the graphs never run at once, and what one leaves in its maps is read
+        # before another runs.
+        with captured(graph, self._stream, self._pool):
+            maps = self._step(result, from_frames)
+        return graph, result._replace(maps=maps)

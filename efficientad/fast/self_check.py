@@ -1,0 +1,148 @@
+"""Which backend a predictor gets, and proof that it computes right.
+
+Kernels are compiled for the device they meet, by whatever Triton is installed there. Before a
+predictor trusts them they run at every batch size and are compared with the float32 network.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficientad.checkpoint.native_file import golden_image
+from efficientad.fast import backends
+from efficientad.fast.backends import BOUNDS, Backend, Fp8Backend
+from efficientad.model.detector import EfficientAD
+from efficientad.ops.fused import choose_backend
+from efficientad.utils.devices import FP8, unsafe_compiler
+
+
+def repeats(device: torch.device) -> int:
+    """Further runs that must give the same bits: a race shows in no other way."""
+    return 20 if device.type == "cuda" else 0
+
+
+def build_backend(
+    detector: EfficientAD,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: str,
+    buckets: Sequence[int],
+) -> tuple[Backend, str | None]:
+    """The backend to predict with, and why it is not the kernels where it might have been.
+
+    Args:
+        kind: "triton", "torch" or "auto": the kernels on CUDA devices from sm_80 on in half
+            precision, if they compile and pass the numerical self-check, else torch.
+        buckets: the batch sizes.
+    """
+    if kind not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend is {kind!r}; it must be 'auto', 'triton' or 'torch'")
+    if kind == "torch" or (kind == "auto" and choose_backend(device) == "torch"):
+        reason = None
+        if device.type == "cuda" and kind == "auto":
+            reason = "the device is older than sm_80, or EFFICIENTAD_BACKEND says torch"
+        return backends.TorchBackend(detector, dtype, device), reason
+    if dtype == torch.float32:
+        if kind == "triton":
+            raise ValueError("backend is 'triton' and dtype is float32; use float16 or bfloat16")
+        return backends.TorchBackend(detector, dtype, device), None
+    problem = unsafe_compiler(device)
+    try:
+        if problem is None:
+            backend = backends.KernelBackend(detector, dtype, device)
+            problem = self_check(backend, detector, buckets)
+    except Exception as error:  # whatever Triton or the driver raises, the line must go on
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem is None:
+        return backend, None
+    if kind == "triton":
+        raise ValueError(f"backend is 'triton' and the kernels cannot be used: {problem}")
+    warnings.warn(
+        f"the Triton kernels are not used on {device}: {problem}. The predictor runs the folded "
+        "torch network in its place: same results, slower",
+        stacklevel=3,
+    )
+    return backends.TorchBackend(detector, dtype, device), problem
+
+
+@torch.no_grad()
+def self_check(backend: Backend, detector: EfficientAD, buckets: Sequence[int]) -> str | None:
+    """Compare the backend's maps with the float32 network's on a built-in image, at every bucket.
+
+    A bucket has kernels of its own, and so have float images and frames. On a CUDA device further
+    runs must give the same bits. Maps of an `Fp8Backend` are compared with its definition: this
+    looks for broken kernels, and what fp8 itself costs is judged on calibration images
+    (`efficientad.fast.fp8`). The first run of the backend, which sizes its buffers.
+
+    Returns:
+        None if they agree within BOUNDS, else what is wrong.
+    """
+    size = detector.image_size
+    levels = F.interpolate(golden_image(), size=size, mode="bilinear").mul(255).round()
+    levels = levels.to(backend.device, torch.uint8)
+    if isinstance(backend, Fp8Backend):
+        expected, bounds = backend.definition(levels.float() / 255), BOUNDS[FP8]
+    else:
+        expected, bounds = _exact(backend, detector, levels), BOUNDS[backend.dtype]
+    for images in sorted(buckets, reverse=True):
+        problem = _check_bucket(
+            backend, detector, levels.expand(images, -1, -1, -1), expected, bounds
+        )
+        if problem is not None:
+            return f"self-check failed at batch {images}: {problem}"
+    return None
+
+
+def _exact(backend: Backend, detector: EfficientAD, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Map and score by the folded torch network in float32."""
+    exact = backends.TorchBackend(detector, torch.float32, backend.device)
+    plain = torch.empty((1, *levels.shape[2:], 3), device=backend.device)
+    exact.pack(levels.float() / 255, plain, channels_last=False)
+    maps = exact.distance_maps(plain)
+    return exact.anomaly_map(maps, detector.image_size, detector.map_padding, None)
+
+
+def _check_bucket(
+    backend: Backend,
+    detector: EfficientAD,
+    levels: Tensor,
+    expected: tuple[Tensor, Tensor],
+    bounds: tuple[float, float],
+) -> str | None:
+    """What is wrong with the results for levels (N, 3, H, W) of 255, all of one image; or None."""
+    height, width = (length + 2 * backend.border for length in detector.image_size)
+    shape = (len(levels), height, width, backend.channels)
+    packed, of_frames = (
+        torch.empty(shape, dtype=backend.dtype, device=backend.device) for _ in "ab"
+    )
+    backend.pack((levels.float() / 255).contiguous(), packed, channels_last=False)
+    backend.pack(levels.permute(0, 2, 3, 1).contiguous(), of_frames, channels_last=True)
+    step = 4 * torch.finfo(backend.dtype).eps  # normalised images are below 4
+    if not bool((packed.float() - of_frames.float()).abs().max() <= step):
+        return "frames and images of the same pixels are packed differently"
+
+    def run() -> tuple[Tensor, Tensor]:
+        maps = backend.distance_maps(of_frames)
+        return backend.anomaly_map(maps, detector.image_size, detector.map_padding, None)
+
+    (found, score), (anomaly_map, best) = run(), expected
+    scale = max(0.1, float(anomaly_map.abs().max()))
+    difference = (found.float() - anomaly_map).div_(scale)
+    worst = max(float(difference.abs().max()), float((score - best).abs().max()) / scale)
+    root = float(difference.square().mean().sqrt())
+    largest, rms = bounds
+    if not (worst <= largest and root <= rms):  # true for NaN
+        return (
+            f"difference {worst:.2g} (bound {largest:g}), RMS {root:.2g} (bound {rms:g}) of the "
+            "map's scale"
+        )
+    for _ in range(repeats(backend.device)):
+        again, score_again = run()
+        if not (torch.equal(again, found) and torch.equal(score_again, score)):
+            return "two runs on the same images gave different results"
+    return None

@@ -1,0 +1,274 @@
+"""What a detector needs beside its weights.
+
+Source: arXiv 2303.14535, Algorithm 1 (channel statistics at its start, map quantiles at its end).
+Memory does not grow with the number of images: features are reduced image by image, raw maps go to
+a temporary file, and the quantiles are exact order statistics found in two passes over that file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficientad.data.datasets import DataSet, Sample, open_dataset, split_validation
+from efficientad.data.images import Batch, ImageError, find_images, load_batches
+from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD
+from efficientad.model.networks import TEACHER_CHANNELS
+from efficientad.utils.checks import check_detector, check_number
+from efficientad.utils.devices import full_float32
+from efficientad.utils.quantiles import streaming_quantiles
+
+Progress = Callable[[str, int, int], None]  # (what is done, images so far, images in all)
+FALSE_POSITIVE_RATE = 0.01
+_CHUNK = 32  # maps read back from the temporary file at a time
+
+
+class ChannelStatistics:
+    """Mean and population standard deviation per channel over all images and positions.
+
+    Each image is reduced in two passes and merged in float64 (Chan et al.), so the result does not
+    depend on the order of the images beyond float64 rounding.
+    """
+
+    def __init__(self, channels: int = TEACHER_CHANNELS) -> None:
+        self.count = 0
+        self._mean = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)  # sum of squared deviations
+
+    def add(self, features: Tensor) -> None:
+        """Add features (N, C, h, w)."""
+        for image in features.flatten(2):
+            x = image.double()
+            mean = x.mean(dim=1)
+            squares = (x - mean[:, None]).square().sum(dim=1)
+            n = x.shape[1]
+            total = self.count + n
+            delta = mean.cpu() - self._mean
+            self._mean += delta * (n / total)
+            self._squares += squares.cpu() + delta.square() * (self.count * n / total)
+            self.count = total
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each (C,) float64; ValueError when nothing was added."""
+        if self.count == 0:
+            raise ValueError("channel statistics need at least one image")
+        return self._mean, (self._squares / self.count).sqrt()
+
+
+class MapFile:
+    """Raw distance maps (2, h, w) of many images in a temporary file that vanishes when closed."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.shape = (2, height, width)
+        self.count = 0
+        self._file = tempfile.TemporaryFile(prefix="efficientad-maps-")
+
+    def add(self, map_st: Tensor, map_ae: Tensor) -> None:
+        """Append maps (N, h, w) of N images."""
+        both = torch.stack([map_st, map_ae], dim=1).float().cpu().numpy()
+        self._file.write(both.tobytes())
+        self.count += len(both)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """(n, 2, h, w) float32, from the first image to the last; may be called again."""
+        self._file.flush()
+        self._file.seek(0)
+        size = 4 * math.prod(self.shape)
+        while data := self._file.read(_CHUNK * size):
+            yield torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, *self.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def quantile_values(detector: EfficientAD, maps: Tensor) -> Tensor:
+    """The values of raw maps (N, h, w) that count for the quantiles under the detector's rule.
+
+    "nelson": the raw cells. "anomalib": the pixels of the zero-padded, resized map. "paper": those
+    of the resized map, which has no padding.
+    """
+    if detector.border == "nelson":
+        return maps
+    padded = F.pad(maps[:, None], (detector.map_padding,) * 4)
+    return F.interpolate(padded, size=detector.image_size, mode="bilinear")[:, 0]
+
+
+def threshold_from_scores(scores: Sequence[float], false_positive_rate: float) -> float:
+    """The lowest score that at most `false_positive_rate` of the given normal scores exceed.
+
+    With fewer than 1 / false_positive_rate scores it is the highest of them.
+
+    Raises:
+        ValueError: no scores, a score that is not finite, or a rate outside [0, 1).
+    """
+    check_number("false_positive_rate", false_positive_rate, 0, 1)
+    ordered = np.sort(np.asarray(scores, dtype=np.float64))
+    if ordered.size == 0:
+        raise ValueError("a threshold needs at least one score of a normal image")
+    if not np.isfinite(ordered).all():
+        raise ValueError("a score of a normal image is not finite; no threshold follows from it")
+    may_exceed = math.floor(false_positive_rate * ordered.size + 1e-9)
+    return float(ordered[ordered.size - 1 - may_exceed])
+
+
+def split_good_images(good_images: object, statistics: bool) -> tuple[list[Path], list[Path]]:
+    """(images for the statistics, images for quantiles and threshold) of what a user names.
+
+    A data set in a known layout brings its own split. Of loose images and plain folders one tenth
+    is held out (see `data.datasets.split_validation`); if no statistics are wanted, all of
+    them serve the quantiles.
+    """
+    if isinstance(good_images, (str, os.PathLike)) and Path(good_images).is_dir():
+        good_images = open_dataset(good_images)
+    if isinstance(good_images, DataSet):
+        train, validation = good_images.train, good_images.validation
+        loose = good_images.layout == "folder"
+    else:
+        train, validation = split_validation(Sample(p) for p in find_images(good_images))
+        loose = True
+    train, validation = ([s.path for s in part] for part in (train, validation))
+    return (train, validation) if statistics or not loose else ([], sorted({*train, *validation}))
+
+
+def calibrate(
+    detector: EfficientAD,
+    good_images: object,
+    *,
+    false_positive_rate: float = FALSE_POSITIVE_RATE,
+    statistics: bool | None = None,
+    batch_size: int = 8,
+    workers: int = 2,
+    progress: Progress | None = None,
+    on_error: Callable[[int, object, ImageError], None] | None = None,
+) -> EfficientAD:
+    """Set what a detector needs beside its weights: statistics, quantiles and a threshold.
+
+    Args:
+        detector: changed in place and returned; it stays on its device.
+        good_images: images without defects: a folder, a data set in a known layout, a list of
+            files, or a `DataSet`; see `split_good_images`.
+        false_positive_rate: share of the images for the quantiles that may exceed the threshold.
+        statistics: True computes the teacher's channel statistics anew from the training images,
+            False keeps them, None computes them if they are not set. A student is trained against
+            particular statistics: name the images it was trained on, or leave them alone.
+        batch_size, workers: images per forward pass and decoding threads.
+        progress: called with (what, images done, images in all).
+        on_error: called with (index, source, error) for an unreadable image, which is left out;
+            without it the error is raised.
+
+    Raises:
+        ValueError: a rate outside [0, 1), no readable image, statistics neither set nor wanted, or
+            maps not finite. After this or any other error the detector is as it was.
+    """
+    check_detector(detector)
+    false_positive_rate = check_number("false_positive_rate", false_positive_rate, 0, 1)
+    if statistics is None:
+        statistics = not detector.has_statistics
+    if not statistics and not detector.has_statistics:
+        raise ValueError("statistics is False, but the detector has none; leave it at None")
+    train, validation = split_good_images(good_images, statistics)
+
+    def batches(paths: list[Path], what: str) -> Iterator[Batch]:
+        done = 0
+        for batch in load_batches(
+            paths, detector.image_size, batch_size=batch_size, workers=workers, on_error=on_error
+        ):
+            yield batch
+            done += len(batch.indices)
+            if progress is not None:
+                progress(what, done, len(paths))
+        if done == 0:
+            raise ValueError(f"none of the {len(paths)} images for the {what} could be read")
+
+    device = detector.teacher_mean.device
+    was_training = detector.training
+    detector.eval()
+    maps = MapFile(*detector.feature_size())
+    try:
+        with torch.no_grad(), full_float32(), _restored_on_error(detector):
+            if statistics:
+                collected = ChannelStatistics()
+                for batch in batches(train, "channel statistics"):
+                    x = detector.normalize(batch.images.to(device))
+                    collected.add(detector.teacher(x))
+                detector.set_statistics(*collected.result())
+            source_sizes: list[tuple[int, int]] = []
+            for batch in batches(validation, "map quantiles"):
+                maps.add(*detector.distance_maps(batch.images.to(device)))
+                source_sizes += batch.source_sizes
+            set_quantiles_from_maps(detector, maps)
+            scores = validation_scores(detector, maps, source_sizes)
+            detector.threshold = threshold_from_scores(scores, false_positive_rate)
+    finally:
+        maps.close()
+        detector.train(was_training)
+    detector.provenance["calibration"] = {
+        "images_for_statistics": len(train) if statistics else 0,
+        "images_for_quantiles": maps.count,
+        "false_positive_rate": false_positive_rate,
+        "threshold_rests_on": len(scores),
+        "validation_score_min_mean_max": [min(scores), float(np.mean(scores)), max(scores)],
+    }
+    return detector
+
+
+@contextmanager
+def _restored_on_error(detector: EfficientAD) -> Iterator[None]:
+    """Statistics, quantiles and threshold as they were, if anything is raised inside."""
+    tensors = (detector.teacher_mean, detector.teacher_std, detector.quantiles, detector.affine)
+    names = ("_has_statistics", "_calibrated", "threshold")
+    kept = [tensor.clone() for tensor in tensors]
+    values = [getattr(detector, name) for name in names]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, before in zip(tensors, kept, strict=True):
+                tensor.copy_(before)
+        for name, value in zip(names, values, strict=True):
+            setattr(detector, name, value)
+        raise
+
+
+def set_quantiles_from_maps(detector: EfficientAD, maps: MapFile) -> None:
+    """Set the detector's quantiles from raw validation maps, by its own border rule.
+
+    Raises:
+        ValueError: no maps, or a map value that is NaN.
+    """
+    found: list[float] = []
+    for kind in range(2):
+
+        def values(kind: int = kind) -> Iterator[np.ndarray]:
+            for chunk in maps.chunks():
+                yield quantile_values(detector, chunk[:, kind]).numpy()
+
+        found += streaming_quantiles(values, QUANTILE_LEVELS)
+    detector.set_quantiles(*found)
+
+
+@torch.no_grad()
+def validation_scores(
+    detector: EfficientAD, maps: MapFile, source_sizes: Sequence[tuple[int, int]]
+) -> list[float]:
+    """Image scores of stored raw maps, at the size that the detector's `score_size` names."""
+    device = detector.affine.device
+    scores: list[float] = []
+    for chunk in maps.chunks():
+        st, ae = chunk.to(device).unbind(dim=1)
+        if detector.score_size == "input":
+            scores += detector.anomaly_map(st, ae, detector.image_size)[1].tolist()
+            continue
+        for i in range(len(chunk)):
+            size = source_sizes[len(scores)]
+            scores += detector.anomaly_map(st[i : i + 1], ae[i : i + 1], size)[1].tolist()
+    return scores

@@ -1,0 +1,378 @@
+"""The EfficientAD detector that defines the numbers.
+
+Source: arXiv 2303.14535, Algorithm 2 (inference). The border rules are those of the published
+implementations; `docs/border-rules.md` shows what they differ in and why "nelson" is the default.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from efficientad.model.networks import (
+    PDN,
+    STUDENT_CHANNELS,
+    TEACHER_CHANNELS,
+    Autoencoder,
+    check_image_size,
+    feature_size,
+)
+from efficientad.ops import reference
+from efficientad.utils.checks import check_flag, check_threshold
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+BORDERS = ("nelson", "anomalib", "paper")
+SCORE_SIZES = ("input", "source")
+QUANTILE_NAMES = ("qa_st", "qb_st", "qa_ae", "qb_ae")
+QUANTILE_LEVELS = (0.9, 0.995)  # q_a and q_b of the paper
+MAP_AT_QB = 0.1  # q_a is sent to 0 and q_b to 0.1
+
+
+class UncalibratedError(ValueError):
+    """A score was asked of a detector whose statistics or quantiles are not set."""
+
+
+@dataclass(frozen=True)
+class AnomalyOutput:
+    """What the detector says of a batch of N images.
+
+    Attributes:
+        score: (N,) image scores, the maximum of `anomaly_map`; not clamped, negative is normal.
+        anomaly_map: (N, H, W) at the size of the network's input.
+        map_st, map_ae: (N, h, w) raw student-teacher and student-autoencoder distance maps at
+            feature resolution, before any normalisation.
+    """
+
+    score: Tensor
+    anomaly_map: Tensor
+    map_st: Tensor
+    map_ae: Tensor
+
+
+torch.export.register_dataclass(AnomalyOutput, serialized_type_name="efficientad.AnomalyOutput")
+
+
+def _check_border(border: str, padding: bool, map_padding: int | None) -> int:
+    """Return the map padding in cells after checking the rule; see `EfficientAD`."""
+    if border not in BORDERS:
+        raise ValueError(f"border is {border!r}; it must be one of {', '.join(map(repr, BORDERS))}")
+    if border == "paper":
+        if not padding:
+            raise ValueError(
+                "border is 'paper' and the network is unpadded; the paper's rule pads no map, and "
+                "without it 56 cells would be stretched to 256 pixels and the map misaligned. "
+                "Use 'nelson' or 'anomalib', or the padded network (padding=True)"
+            )
+        if map_padding:
+            raise ValueError(f"map_padding is {map_padding}; border 'paper' pads no map: use 0")
+    if map_padding is None:
+        return 0 if padding else 4
+    if isinstance(map_padding, bool) or not isinstance(map_padding, int) or map_padding < 0:
+        raise ValueError(f"map_padding is {map_padding!r}; it must be an integer >= 0 (cells)")
+    return map_padding
+
+
+class EfficientAD(nn.Module):
+    """Teacher, student, autoencoder, channel statistics, map quantiles and threshold.
+
+    Args:
+        size: "S" or "M", the PDN of teacher and student.
+        padding: True for the padded PDN (64 cells at 256 pixels), False for the deployed one (56).
+        image_size: (height, width) in pixels that images are resized to, each >= 256.
+        border: how the maps' frame and the quantiles are defined:
+            "nelson": quantiles of the raw feature maps; the frame of the anomaly map is 0.
+            "anomalib": quantiles of the zero-padded, resized maps; the frame is a distance of 0.
+            "paper": quantiles of the resized maps, no frame; for the padded PDN only.
+            None: "nelson" for the unpadded PDN, "paper" for the padded one.
+        map_padding: cells added on every side of a map before it is resized. None: 4 for the
+            unpadded PDN, 0 for the padded one.
+        score_size: "input" (score = maximum at `image_size`) or "source" (at the image's own size,
+            as nelson1425 evaluates). It is kept for whoever resizes maps; `forward` sees no source.
+
+    A new detector has random weights, unset statistics and unset quantiles: `distance_maps` works,
+    `forward` raises `UncalibratedError`. Weights may be cast (`.half()`, `.bfloat16()`); statistics
+    and quantiles stay in at least float32, and so do the distances.
+    """
+
+    def __init__(
+        self,
+        size: str = "S",
+        *,
+        padding: bool = False,
+        image_size: tuple[int, int] = (256, 256),
+        border: str | None = None,
+        map_padding: int | None = None,
+        score_size: str = "input",
+    ):
+        super().__init__()
+        self.size = size
+        check_flag("padding", padding)
+        self.padding = padding
+        if score_size not in SCORE_SIZES:
+            raise ValueError(f"score_size is {score_size!r}; it must be 'input' or 'source'")
+        self.score_size = score_size
+        self.teacher = PDN(size, TEACHER_CHANNELS, padding).requires_grad_(False)
+        self.student = PDN(size, STUDENT_CHANNELS, padding)
+        self.autoencoder = Autoencoder(padding)
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        channels = (1, TEACHER_CHANNELS, 1, 1)
+        self.register_buffer("teacher_mean", torch.zeros(channels))
+        self.register_buffer("teacher_std", torch.ones(channels))
+        self.register_buffer("quantiles", torch.full((4,), float("nan")))
+        self.register_buffer("affine", torch.full((4,), float("nan")), persistent=False)
+        self.threshold = None
+        self.provenance: dict[str, object] = {}
+        self._has_statistics = False
+        self._calibrated = False
+        self.border = border if border is not None else ("paper" if padding else "nelson")
+        self.map_padding = _check_border(self.border, self.padding, map_padding)
+        self.image_size = check_pair(image_size)
+        self.register_load_state_dict_post_hook(_resolve_after_load)
+        self.eval()
+
+    # ---- calibration state -------------------------------------------------------------------
+
+    @property
+    def threshold(self) -> float | None:
+        """The image score above which an image is anomalous; None judges nothing.
+
+        ValueError where it is set to anything but a finite number or None.
+        """
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self._threshold = check_threshold(value)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the teacher's channel statistics are set."""
+        return self._has_statistics
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether statistics and quantiles are set, so that scores mean something."""
+        return self._has_statistics and self._calibrated
+
+    @torch.no_grad()
+    def set_image_normalization(self, mean: Tensor, std: Tensor) -> None:
+        """Set the image normalisation (3,), (3,), of RGB in 0..1; uncalibrates the detector."""
+        if not torch.all(torch.as_tensor(std) > 0):
+            raise ValueError(f"std is {std}; every channel must be > 0")
+        self.image_mean.copy_(torch.as_tensor(mean).view(1, 3, 1, 1))
+        self.image_std.copy_(torch.as_tensor(std).view(1, 3, 1, 1))
+        self.clear_statistics()
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set the teacher's channel mean and population standard deviation (384 each).
+
+        A channel with std 0 is constant on the training images; it carries nothing and its std
+        becomes 1, with a warning. Clears quantiles and threshold, which depend on the statistics.
+        """
+        for name, value in (("mean", mean), ("std", std)):
+            if value.numel() != TEACHER_CHANNELS:
+                raise ValueError(f"{name} has {value.numel()} entries; it must have 384")
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"{name} has a NaN or infinite entry; every channel must be finite"
+                )
+        if (std < 0).any():
+            raise ValueError("std has a negative entry; a standard deviation is >= 0")
+        dead = std.flatten() == 0
+        if dead.any():
+            warnings.warn(
+                f"{int(dead.sum())} of 384 teacher channels are constant (std 0); "
+                "their std is taken as 1",
+                stacklevel=2,
+            )
+        self.teacher_mean.copy_(mean.reshape(self.teacher_mean.shape))
+        self.teacher_std.copy_(
+            torch.where(dead, torch.ones_like(std.flatten()), std.flatten()).reshape(
+                self.teacher_std.shape
+            )
+        )
+        self._has_statistics = True
+        self.clear_quantiles()
+
+    @torch.no_grad()
+    def set_quantiles(self, qa_st: float, qb_st: float, qa_ae: float, qb_ae: float) -> None:
+        """Set the map quantiles (paper, end of Algorithm 1), found by this detector's border rule.
+
+        Equal q_a and q_b (a constant map) get the smallest useful distance, 1e-6 of max(1, q_a),
+        with a warning, so that forward never divides by zero. Clears the threshold.
+        """
+        values = [float(v) for v in (qa_st, qb_st, qa_ae, qb_ae)]
+        for name, value in zip(QUANTILE_NAMES, values, strict=True):
+            if value != value or value in (float("inf"), float("-inf")):
+                raise ValueError(f"{name} is {value}; quantiles must be finite")
+        for kind, qa, qb in (("st", *values[:2]), ("ae", *values[2:])):
+            if qb < qa:
+                raise ValueError(f"qb_{kind} is {qb} and qa_{kind} is {qa}; q_b must be >= q_a")
+        self.quantiles.copy_(torch.tensor(values, dtype=torch.float64))
+        self.threshold = None
+        self._resolve()
+
+    def clear_quantiles(self) -> None:
+        """Forget quantiles and threshold: the detector is uncalibrated."""
+        self.quantiles.fill_(float("nan"))
+        self.threshold = None
+        self._resolve()
+
+    def clear_statistics(self) -> None:
+        """Forget channel statistics, quantiles and threshold."""
+        self.teacher_mean.zero_()
+        self.teacher_std.fill_(1.0)
+        self._has_statistics = False
+        self.clear_quantiles()
+
+    def set_map_rule(
+        self,
+        border: str | None = None,
+        map_padding: int | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change border rule, map padding (cells) or input size (pixels); None keeps what is.
+
+        The quantiles and the threshold belong to the rule they were found by, so a change marks the
+        detector uncalibrated. Setting what already holds changes nothing.
+        """
+        new_border = self.border if border is None else border
+        keep = self.map_padding if map_padding is None and new_border != "paper" else map_padding
+        new_padding = _check_border(new_border, self.padding, keep)
+        new_size = self.image_size if image_size is None else check_pair(image_size)
+        if (new_border, new_padding, new_size) == (self.border, self.map_padding, self.image_size):
+            return
+        self.border, self.map_padding, self.image_size = new_border, new_padding, new_size
+        self.clear_quantiles()
+
+    def _resolve(self) -> None:
+        """Derive the affine map of `reference.anomaly_map` once, not in every forward."""
+        q = self.quantiles.detach().to("cpu", torch.float64)
+        self._calibrated = bool(torch.isfinite(q).all())
+        if not self._calibrated:
+            self.affine.fill_(float("nan"))
+            return
+        slope, offset, frame = [], 0.0, 0.0
+        for kind, qa, qb in (("st", q[0].item(), q[1].item()), ("ae", q[2].item(), q[3].item())):
+            floor = 1e-6 * max(1.0, abs(qa))
+            if qb - qa < floor:
+                warnings.warn(
+                    f"q_a and q_b of the {kind} map are both {qa:g}: the validation maps are "
+                    f"constant. q_b is taken as q_a + {floor:g}",
+                    stacklevel=3,
+                )
+                qb = qa + floor
+            a = 0.5 * MAP_AT_QB / (qb - qa)
+            slope.append(a)
+            offset -= a * qa
+        if self.border == "anomalib":
+            frame = offset  # a padded cell has distance 0 in both maps
+        self.affine.copy_(torch.tensor([*slope, offset, frame], dtype=torch.float64))
+
+    # ---- forward -----------------------------------------------------------------------------
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """RGB float in 0..1 (N, 3, H, W) -> normalised, in the dtype of the weights."""
+        if image.dim() != 4 or image.shape[1] != 3:
+            raise ValueError(f"image has shape {tuple(image.shape)}; it must be (N, 3, H, W), RGB")
+        if not image.is_floating_point():
+            raise ValueError(
+                f"image has dtype {image.dtype}; it must be floating point in 0..1 (uint8 / 255)"
+            )
+        check_image_size(image.shape[2], image.shape[3])
+        dtype = self.student.conv1.weight.dtype
+        return ((image.to(self.image_mean.dtype) - self.image_mean) / self.image_std).to(dtype)
+
+    def distance_maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw maps, before the quantile normalisation (Algorithm 2, lines 1 to 6).
+
+        Args:
+            image: (N, 3, H, W) RGB float in 0..1, H and W >= 256.
+
+        Returns:
+            map_st, map_ae: (N, h, w) in at least float32. Unset channel statistics count as mean 0
+            and standard deviation 1.
+        """
+        x = self.normalize(image)
+        teacher = (self.teacher(x) - self.teacher_mean) / self.teacher_std
+        student_st, student_ae = self.student(x).chunk(2, dim=1)
+        return (
+            reference.distance_map(teacher, student_st),
+            reference.distance_map(self.autoencoder(x), student_ae),
+        )
+
+    def anomaly_map(
+        self, map_st: Tensor, map_ae: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Combine raw maps (N, h, w) to an anomaly map of `size` pixels and its maximum (N,)."""
+        if not self.calibrated:
+            self.raise_uncalibrated()
+        return reference.anomaly_map(map_st, map_ae, self.affine, size, padding=self.map_padding)
+
+    def forward(self, image: Tensor) -> AnomalyOutput:
+        """Image (N, 3, H, W), RGB float in 0..1, H and W >= 256 -> scores and maps.
+
+        Raises:
+            ValueError: wrong shape, dtype or size.
+            UncalibratedError: statistics or quantiles are not set.
+        """
+        if not self.calibrated:
+            self.raise_uncalibrated()
+        map_st, map_ae = self.distance_maps(image)
+        anomaly_map, score = self.anomaly_map(map_st, map_ae, tuple(image.shape[-2:]))
+        return AnomalyOutput(score, anomaly_map, map_st, map_ae)
+
+    def feature_size(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(h, w) of the distance maps for `image_size` pixels (the detector's own by default)."""
+        height, width = image_size or self.image_size
+        return feature_size(height, self.padding), feature_size(width, self.padding)
+
+    def raise_uncalibrated(self) -> None:
+        missing = (
+            "the map quantiles are"
+            if self._has_statistics
+            else ("the teacher's channel statistics and the map quantiles are")
+        )
+        raise UncalibratedError(
+            f"the detector is not calibrated: {missing} not set, so scores have no meaning. "
+            "Run `efficientad calibrate MODEL GOOD_IMAGES` or `efficientad.calibrate(detector, "
+            "good_images)`; `distance_maps` gives the raw maps"
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        """Casts reach the weights; statistics and quantiles stay in at least float32."""
+        names = ("image_mean", "image_std", "teacher_mean", "teacher_std", "quantiles", "affine")
+        before = {name: self._buffers[name] for name in names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if torch.finfo(new.dtype).eps > torch.finfo(torch.float32).eps:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+def check_pair(image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) as integers; ValueError unless they are two, each at least 256."""
+    try:
+        height, width = (operator.index(v) for v in image_size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"image_size is {image_size!r}; it must be (height, width), two integers"
+        ) from None
+    check_image_size(height, width)
+    return height, width
+
+
+def _resolve_after_load(module: EfficientAD, _incompatible: object) -> None:
+    """After `load_state_dict`: a file without statistics or quantiles stays uncalibrated."""
+    std = module.teacher_std
+    identity = bool((module.teacher_mean == 0).all()) and bool((std == 1).all())
+    module._has_statistics = not identity
+    module._resolve()

@@ -1,0 +1,4 @@
+"""Fused operations, frame path and CPU convolutions: torch, Triton or csrc underneath.
+
+Never: a detector.
+"""

@@ -1,0 +1,235 @@
+"""What a run leaves in its output folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficientad.results.overlay import overlay
+from efficientad.results.prediction import Prediction
+from efficientad.results.report import ReportItem, thumbnail, write_report
+from efficientad.utils.files import plain_text, replace_file, write_text
+
+COLUMNS = ("path", "score", "is_anomalous", "defect", "label")
+TABLES = ("scores.csv", "scores.json", "report.html")
+_PICTURES = (".png", ".tiff")
+
+
+def write_tiff(path: Path, anomaly_map: np.ndarray) -> None:
+    """Write a float32 map (H, W) as the MVTec evaluation scripts read it; whole or not at all."""
+    import tifffile
+
+    values = np.asarray(anomaly_map, dtype=np.float32)
+    replace_file(path, lambda temporary: tifffile.imwrite(temporary, values))
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write a uint8 image (H, W, 3) as PNG; whole or not at all."""
+    from PIL import Image
+
+    replace_file(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+
+
+def output_names(paths: Sequence[Path]) -> list[Path]:
+    """A relative name without suffix for every input, unique, keeping the folders below their root.
+
+    Otherwise as `unique_names`.
+    """
+    resolved = [Path(os.path.abspath(p)) for p in paths]
+    if not resolved:
+        return []
+    root = Path(os.path.commonpath([str(p.parent) for p in resolved]))
+    return unique_names([p.relative_to(root) for p in resolved])
+
+
+def unique_names(names: Sequence[Path]) -> list[Path]:
+    """The names without suffix, each of them once, as text that can be written anywhere.
+
+    Names that differ in nothing but the suffix keep it ("a.png" and "a.jpg"); one that occurs twice
+    gets a number.
+    """
+    names = [Path(plain_text(name)) for name in names]
+    stems: dict[Path, set[Path]] = {}
+    for name in names:
+        stems.setdefault(name.with_suffix(""), set()).add(name)
+    out, used = [], set()
+    for name in names:
+        plain = name.with_suffix("")
+        wanted = candidate = plain if len(stems[plain]) == 1 else name
+        number = 2
+        while candidate in used:
+            candidate = wanted.with_name(f"{wanted.name}_{number}")
+            number += 1
+        used.add(candidate)
+        out.append(candidate)
+    return out
+
+
+def earlier_files(root: Path) -> list[Path]:
+    """Overlays and maps of an earlier run into `root` that are still there, by its scores.json."""
+    try:
+        document = json.loads((root / "scores.json").read_text(encoding="utf-8"))
+        names = [Path(name) for name in document["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    ours = [
+        name
+        for name in names
+        if name.parts[:1] in (("overlays",), ("maps",))
+        and ".." not in name.parts
+        and name.suffix in _PICTURES
+    ]
+    return [root / name for name in ours if (root / name).is_file()]
+
+
+@dataclass
+class ResultFolder:
+    """Writes what a run shows: overlays, maps, `scores.csv`, `scores.json` and `report.html`.
+
+    Overlays and maps that an earlier run wrote into the same folder are removed first, those that
+    its `scores.json` lists and no other file.
+
+    Args:
+        root: the output folder; it is made if need be.
+        threshold: of the detector, for the overlays' scale; None if it has none.
+        overlays, maps: folders below root's "overlays" and "maps" for the pictures and the .tiff
+            maps; None leaves them out.
+
+    Raises:
+        ValueError: root is a file, or overlays or maps hold pictures that no earlier run listed.
+    """
+
+    root: Path
+    threshold: float | None
+    overlays: Path | None = None
+    maps: Path | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    items: list[ReportItem] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.root = Path(self.root)
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"out is {str(self.root)!r}, which is a file; it must be a folder")
+        self._remove_earlier()
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def _remove_earlier(self) -> None:
+        listed = earlier_files(self.root)
+        for folder in (self.overlays, self.maps):
+            inside = () if folder is None else folder.rglob("*")
+            pictures = {p for p in inside if p.suffix.lower() in _PICTURES and p.name[0] != "."}
+            others = pictures - set(listed)
+            if others:
+                raise ValueError(
+                    f"{folder} holds {len(others)} pictures that {self.root / 'scores.json'} does "
+                    f"not list ({min(others).name}); move them, or name another output folder"
+                )
+        for path in listed:
+            path.unlink()
+            for parent in path.parents:
+                if parent == self.root or any(parent.iterdir()):
+                    break
+                parent.rmdir()
+        for name in TABLES if listed else ():
+            (self.root / name).unlink(missing_ok=True)
+
+    def add(
+        self,
+        prediction: Prediction,
+        source: Any,
+        name: Path,
+        *,
+        image: np.ndarray,
+        label: int | None = None,
+        defect: str | None = None,
+    ) -> None:
+        """Write one image's pictures, named `name` without suffix, and remember its row.
+
+        image: uint8 (H, W, 3), for the pictures. Where they cannot be written the image is among
+        `failed`, and its score is kept.
+        """
+        try:
+            if self.maps is not None:
+                path = self.maps / name.with_name(f"{name.name}.tiff")
+                write_tiff(path, prediction.anomaly_map)
+                self.files.append(path.relative_to(self.root).as_posix())
+            if self.overlays is not None:
+                path = self.overlays / name.with_name(f"{name.name}.png")
+                write_png(path, overlay(image, prediction.anomaly_map, self.threshold))
+                self.files.append(path.relative_to(self.root).as_posix())
+        except OSError as error:
+            self.fail(source, f"scored, but not written: {error.strerror or error}")
+        self.rows.append(
+            {
+                "path": plain_text(source),
+                "score": prediction.score,
+                "is_anomalous": prediction.is_anomalous,
+                "defect": defect,
+                "label": label,
+            }
+        )
+        shown, heat = thumbnail(image, prediction.anomaly_map, self.threshold)
+        self.items.append(
+            ReportItem(
+                name=str(name),
+                score=prediction.score,
+                is_anomalous=prediction.is_anomalous,
+                label=label,
+                defect=defect,
+                image=shown,
+                heat=heat,
+            )
+        )
+
+    def fail(self, source: Any, reason: str) -> None:
+        """Remember an input that gave no result, or not all of it."""
+        self.failed.append((plain_text(source), plain_text(reason)))
+
+    def close(
+        self, title: str, *, metrics: dict[str, Any] | None = None, notes: Sequence[str] = ()
+    ) -> Path:
+        """Write the tables and the report; returns the report's path. notes: sentences."""
+        labelled = any(row["label"] is not None for row in self.rows)
+        columns = COLUMNS if labelled else COLUMNS[:3]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.root / "scores.csv", table.getvalue())
+        document = {
+            "threshold": _json(self.threshold),
+            "images": [{k: _json(row[k]) for k in columns} for row in self.rows],
+            "failed": [{"path": path, "reason": reason} for path, reason in self.failed],
+            "notes": [plain_text(note) for note in notes],
+            "files": self.files,
+        }
+        if metrics is not None:
+            document["metrics"] = {plain_text(k): _json(v) for k, v in metrics.items()}
+        write_text(self.root / "scores.json", json.dumps(document, indent=1, allow_nan=False))
+        report = self.root / "report.html"
+        write_report(
+            report,
+            title=title,
+            items=self.items,
+            threshold=self.threshold,
+            metrics=metrics,
+            failed=self.failed,
+            notes=notes,
+        )
+        return report
+
+
+def _json(value: Any) -> Any:
+    """NaN and infinity have no place in JSON; they are written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

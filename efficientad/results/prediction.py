@@ -1,0 +1,288 @@
+"""Scores and anomaly maps of images, through the detector."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efficientad.data.images import ImageError, find_images, load_batches
+from efficientad.model.detector import EfficientAD
+from efficientad.utils.checks import check_detector
+from efficientad.utils.devices import full_float32
+
+OnError = Callable[[int, Any, ImageError], None]
+MAP_SIZES = ("source", "input")
+
+
+class Prediction:
+    """The result of one image, or of a batch of N images.
+
+    What a predictor returns holds tensors on its device; `cpu()` gives the same with host values.
+    A batch has a length, can be indexed and iterated.
+
+    Attributes:
+        index: the image's place among the sources; of a batch, one per image.
+        score: the image score; NaN if anything in the image's maps is not finite. A float or a
+            tensor (), of a batch (N,).
+        anomaly_map: (H, W) float32 at the size asked for, of a batch (N, H, W), or a list of maps
+            where sizes differ. None if no map was asked for.
+        source_size: (height, width) of the image before resizing; of a batch, one per image.
+        threshold: by which `is_anomalous` judges; None judges nothing.
+        image: the frame itself, uint8 (H, W, 3), for `overlay`; None where it is not kept.
+    """
+
+    __slots__ = (
+        "_not_numbers",
+        "_serial",
+        "anomaly_map",
+        "image",
+        "index",
+        "score",
+        "source_size",
+        "threshold",
+    )
+
+    def __init__(
+        self,
+        index: int | Sequence[int],
+        score: float | Tensor,
+        threshold: float | None,
+        anomaly_map: Any,
+        source_size: Any,
+        image: Any = None,
+        *,
+        serial: int = 0,
+        not_numbers: set[int] | None = None,
+    ) -> None:
+        self.index, self.score, self.threshold = index, score, threshold
+        self.anomaly_map, self.source_size, self.image = anomaly_map, source_size, image
+        # Where host values show a NaN score, its serial number goes to the predictor's set.
+        self._serial, self._not_numbers = serial, not_numbers
+
+    @property
+    def is_anomalous(self) -> Any:
+        """Whether the score exceeds the threshold; a NaN score does (fail safe).
+
+        bool, or a bool tensor beside a tensor score, of a batch (N,). None without a threshold.
+        """
+        if self.threshold is None:
+            return None
+        normal = self.score <= self.threshold
+        return ~normal if isinstance(normal, (Tensor, np.ndarray)) else not normal
+
+    @property
+    def batched(self) -> bool:
+        """Whether this is the result of a batch."""
+        return not isinstance(self.index, int)
+
+    def __len__(self) -> int:
+        if not self.batched:
+            raise TypeError("the prediction of one image has no length")
+        return len(self.index)
+
+    def __getitem__(self, i: int | slice) -> Prediction:
+        """The i-th image's prediction, or that of a batch of neighbouring images; views of this."""
+        if isinstance(i, slice):
+            return self._part(range(len(self))[i])
+        i = range(len(self))[i]
+        return Prediction(
+            self.index[i],
+            self.score[i] if isinstance(self.score, Tensor) else float(self.score[i]),
+            self.threshold,
+            None if self.anomaly_map is None else self.anomaly_map[i],
+            self.source_size[i],
+            None if self.image is None else self.image[i],
+            serial=self._serial + i,
+            not_numbers=self._not_numbers,
+        )
+
+    def _part(self, places: range) -> Prediction:
+        if places.step != 1:
+            raise ValueError(f"the step of the slice is {places.step}; it must be 1, or left out")
+        part = slice(places.start, places.stop)
+        return Prediction(
+            self.index[part],
+            self.score[part],
+            self.threshold,
+            None if self.anomaly_map is None else self.anomaly_map[part],
+            self.source_size[part],
+            None if self.image is None else self.image[part],
+            serial=self._serial + places.start,
+            not_numbers=self._not_numbers,
+        )
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return (self[i] for i in range(len(self)))
+
+    def cpu(self) -> Prediction:
+        """The same with host values: float and numpy arrays. Waits for the device."""
+        score = _host(self.score)
+        if self._not_numbers is not None:
+            where = np.flatnonzero(np.isnan(np.atleast_1d(score)))
+            self._not_numbers.update((self._serial + where).tolist())
+        maps = self.anomaly_map
+        maps = [_host(m) for m in maps] if isinstance(maps, list) else _host(maps)
+        if not self.batched:
+            score = float(score)
+        return Prediction(self.index, score, self.threshold, maps, self.source_size, self.image)
+
+    def overlay(self, **options: Any) -> Any:
+        """The frame with the map's colours over it, as a PIL image (see `overlay.overlay`).
+
+        Raises:
+            ValueError: a batch, no map, or a frame that is not at hand.
+        """
+        from PIL import Image
+
+        from efficientad.results.overlay import overlay
+
+        if self.batched:
+            raise ValueError("this is the prediction of a batch; index it to overlay one image")
+        if self.anomaly_map is None or self.image is None:
+            what = "map" if self.anomaly_map is None else "image"
+            raise ValueError(f"the prediction holds no {what} to draw")
+        return Image.fromarray(
+            overlay(_host(self.image), _host(self.anomaly_map), self.threshold, **options)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Index, score, verdict, threshold and source size as plain numbers, for JSON."""
+        host = self.cpu()
+        return {
+            "index": host.index if isinstance(host.index, int) else list(host.index),
+            "score": host.score if isinstance(host.score, float) else host.score.tolist(),
+            "is_anomalous": np.asarray(host.is_anomalous).tolist(),
+            "threshold": self.threshold,
+            "source_size": [list(s) for s in self.source_size]
+            if self.batched
+            else list(self.source_size),
+        }
+
+    def __repr__(self) -> str:
+        what = f"{len(self)} images" if self.batched else f"image {self.index}"
+        return f"Prediction({what}, score={self.score}, is_anomalous={self.is_anomalous})"
+
+
+def _host(value: Any) -> Any:
+    """A tensor as a numpy array; anything else as it is."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+class RawMaps(NamedTuple):
+    """The distance maps (1, h, w) of one image, and its place and size among the sources."""
+
+    index: int
+    source_size: tuple[int, int]
+    map_st: Tensor
+    map_ae: Tensor
+
+
+def is_anomalous(score: float, threshold: float | None) -> bool | None:
+    """The verdict: not (score <= threshold), so that NaN is anomalous; None without a threshold."""
+    return None if threshold is None else not score <= threshold
+
+
+@torch.no_grad()
+def distance_maps(
+    detector: EfficientAD,
+    sources: Iterable[Any],
+    *,
+    batch_size: int = 8,
+    workers: int = 2,
+    on_error: OnError | None = None,
+) -> Iterator[RawMaps]:
+    """Raw maps of images, in order; arguments as in `predict`."""
+    device = detector.affine.device
+    for batch in load_batches(
+        sources, detector.image_size, batch_size=batch_size, workers=workers, on_error=on_error
+    ):
+        with full_float32():
+            st, ae = detector.distance_maps(batch.images.to(device))
+        for i, (index, size) in enumerate(zip(batch.indices, batch.source_sizes, strict=True)):
+            yield RawMaps(index, size, st[i : i + 1], ae[i : i + 1])
+
+
+@torch.no_grad()
+def sized_map(detector: EfficientAD, raw: RawMaps, size: tuple[int, int]) -> np.ndarray:
+    """The anomaly map of one image at `size` pixels, (H, W) float32 on the CPU."""
+    return detector.anomaly_map(raw.map_st, raw.map_ae, size)[0][0].float().cpu().numpy()
+
+
+@torch.no_grad()
+def image_score(detector: EfficientAD, raw: RawMaps) -> float:
+    """The image score: the maximum at the size that the detector's `score_size` names."""
+    size = detector.image_size if detector.score_size == "input" else raw.source_size
+    return detector.anomaly_map(raw.map_st, raw.map_ae, size)[1].item()
+
+
+def as_sources(sources: Any) -> Iterable[Any]:
+    """The images that a caller means; a path stands for what `images.find_images` finds there.
+
+    Raises:
+        ValueError: one image where several belong, no iterable, or a folder without an image.
+        FileNotFoundError: a path where nothing is.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        return find_images(sources)
+    rule = "it must be an iterable of images, or a folder: for one image, a list of it"
+    if isinstance(sources, (np.ndarray, Tensor)):
+        if sources.ndim != 4:
+            raise ValueError(f"sources is an array of shape {tuple(sources.shape)}; {rule}")
+    elif isinstance(sources, (bytes, bytearray, memoryview)) or not (
+        hasattr(sources, "__iter__") or hasattr(sources, "__getitem__")
+    ):
+        raise ValueError(f"sources is a {type(sources).__name__}; {rule}")
+    return sources
+
+
+def predict(
+    detector: EfficientAD,
+    sources: Iterable[Any] | str | os.PathLike,
+    *,
+    map_size: str = "source",
+    batch_size: int = 8,
+    workers: int = 2,
+    on_error: OnError | None = None,
+) -> Iterator[Prediction]:
+    """Scores and anomaly maps of images, in order, with decoding ahead in threads.
+
+    Args:
+        detector: calibrated; it runs on its own device.
+        sources: paths, encoded bytes, PIL images or uint8 arrays (H, W, 3); or one path, of a
+            folder, which is searched with its subfolders, or of a file.
+        map_size: "source" gives each map at its image's own size, "input" at the network's. The
+            score does not depend on it.
+        batch_size, workers: images per forward pass and decoding threads.
+        on_error: called with (index, source, error) for an unreadable image, which is left out;
+            without it the error is raised.
+
+    Raises:
+        UncalibratedError: the detector has no statistics or quantiles.
+        ValueError: map_size unknown, one image where several belong, a folder without an image.
+        FileNotFoundError: a folder that does not exist.
+    """
+    check_detector(detector)
+    if map_size not in MAP_SIZES:
+        raise ValueError(f"map_size is {map_size!r}; it must be 'source' or 'input'")
+    if not detector.calibrated:
+        detector.raise_uncalibrated()
+    raws = distance_maps(
+        detector, as_sources(sources), batch_size=batch_size, workers=workers, on_error=on_error
+    )
+    return (_prediction(detector, raw, map_size) for raw in raws)
+
+
+def _prediction(detector: EfficientAD, raw: RawMaps, map_size: str) -> Prediction:
+    score = image_score(detector, raw)
+    return Prediction(
+        raw.index,
+        score,
+        detector.threshold,
+        sized_map(detector, raw, raw.source_size if map_size == "source" else detector.image_size),
+        raw.source_size,
+    )

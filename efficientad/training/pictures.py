@@ -1,0 +1,194 @@
+"""The pictures of every training step.
+
+What a step sees is a function of (seed, step, item): sources may be asked from several threads, in
+any order, and again after a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efficientad.data.images import ImageError, find_images, read_image, resize_image
+from efficientad.training.augment import augmented, penalty_photo
+from efficientad.utils.sampling import random_numbers, shuffled
+
+IMAGE_CACHE_BYTES = 2 * 2**30  # of decoded, resized training images, kept in memory
+
+
+class Pictures(NamedTuple):
+    """Of one step: which training images, and (N, H, W, 3) pixels.
+
+    image, photo: uint8 (photo: None without a penalty set). augmented: float32 in 0..1.
+    """
+
+    indices: list[int]
+    image: Tensor
+    augmented: Tensor
+    photo: Tensor | None
+
+
+class TrainingImages:
+    """Training images, decoded and resized on first use and kept within a budget of bytes.
+
+    Args:
+        paths: image files. image_size: (height, width) in pixels.
+        budget: bytes of pixels to keep; what does not fit is decoded again each time.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        image_size: tuple[int, int],
+        budget: int = IMAGE_CACHE_BYTES,
+    ) -> None:
+        self.paths = list(paths)
+        self.image_size = image_size
+        self.failed: list[tuple[str, str]] = []
+        self._room = budget // (3 * image_size[0] * image_size[1])
+        self._kept: dict[Path, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3). ImageError where the file cannot be read."""
+        path = self.paths[index]
+        found = self._kept.get(path)
+        if found is None:
+            found = resize_image(_read(path), self.image_size)
+            if len(self._kept) < self._room:
+                self._kept[path] = found
+        return found
+
+    def drop_unreadable(self, unreadable: Iterable[tuple[int, ImageError]]) -> None:
+        """Leave images out; ValueError if none is left."""
+        bad = dict(unreadable)
+        self.failed += [(str(self.paths[i]), bad[i].reason) for i in sorted(bad)]
+        left = [path for i, path in enumerate(self.paths) if i not in bad]
+        if not left:
+            raise ValueError(
+                f"none of the {len(self.paths)} training images can be read; the first: "
+                f"{self.failed[0][0]}: {self.failed[0][1]}"
+            )
+        self.paths = left
+
+    def digest(self) -> str:
+        """Of names and number: whether a resumed training still has the same images."""
+        text = "\n".join("/".join(path.parts[-2:]) for path in self.paths)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Photos:
+    """Photos for the pretraining penalty; an unreadable one is passed over for the next.
+
+    Args:
+        folder: photos of any kind in one folder or several, with subfolders. image_size: of the
+            training images; see `augment.penalty_photo`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, or no image in it.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike | Iterable[str | os.PathLike],
+        image_size: tuple[int, int],
+        seed: int,
+    ) -> None:
+        self.paths = find_images(folder)
+        self.image_size = image_size
+        self.seed = seed
+        self._bad: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """(path, reason) of the photos that could not be read so far."""
+        with self._lock:
+            return [(str(self.paths[i]), reason) for i, reason in sorted(self._bad.items())]
+
+    def picture(self, step: int, item: int, position: int) -> np.ndarray:
+        """P of a step: uint8 (height, width, 3). ValueError when no photo can be read."""
+        start = shuffled(self.seed, "photos", len(self.paths), position)
+        for offset in range(len(self.paths)):
+            index = (start + offset) % len(self.paths)
+            if index in self._bad:
+                continue
+            try:
+                photo = _read(self.paths[index])
+            except ImageError as error:
+                with self._lock:
+                    self._bad[index] = error.reason
+                continue
+            rng = random_numbers(self.seed, "photo", step, item)
+            return penalty_photo(photo, self.image_size, rng)
+        path, reason = self.failed[0]
+        raise ValueError(
+            f"none of the {len(self.paths)} photos of the penalty set can be read; the first: "
+            f"{path}: {reason}"
+        )
+
+
+class PictureSource:
+    """Calling it with a step gives that step's `Pictures`; safe to call from threads."""
+
+    def __init__(
+        self,
+        images: TrainingImages,
+        photos: Photos | None,
+        *,
+        seed: int,
+        batch_size: int,
+        pinned: bool = False,
+    ) -> None:
+        self.images, self.photos = images, photos
+        self.seed, self.batch_size, self.pinned = seed, batch_size, pinned
+
+    def __call__(self, step: int) -> Pictures:
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        indices = [shuffled(self.seed, "images", len(self.images), p) for p in positions]
+        pixels = [self.images[i] for i in indices]
+        changed = [
+            augmented(image, random_numbers(self.seed, "augmentation", step, item))
+            for item, image in enumerate(pixels)
+        ]
+        photos = None
+        if self.photos is not None:
+            photos = self._stack(
+                [self.photos.picture(step, item, p) for item, p in enumerate(positions)]
+            )
+        return Pictures(indices, self._stack(pixels), self._stack(changed), photos)
+
+    def _stack(self, pictures: list[np.ndarray]) -> Tensor:
+        stacked = torch.from_numpy(np.stack(pictures))
+        return stacked.pin_memory() if self.pinned else stacked
+
+
+def to_rgb(pixels: Tensor, device: torch.device) -> Tensor:
+    """(N, H, W, 3) uint8, or float32 in 0..1 -> (N, 3, H, W) float32 in 0..1 on the device.
+
+    Channels last in memory. The values are those of `images.to_tensor`.
+    """
+    pixels = pixels.to(device, non_blocking=True)
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.to(torch.float32).div_(255)
+    return pixels.permute(0, 3, 1, 2)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        return read_image(path)
+    except FileNotFoundError:
+        raise ImageError(str(path), "no such file") from None

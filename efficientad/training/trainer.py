@@ -1,0 +1,329 @@
+"""The training loop and its exact resume.
+
+Source: arXiv 2303.14535, Algorithm 1. Nothing random runs along: what a step sees and drops out is
+a function of (seed, step, item), so an interrupted training continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficientad.data.images import ImageError
+from efficientad.model.calibration import ChannelStatistics, Progress
+from efficientad.model.detector import EfficientAD
+from efficientad.training import losses
+from efficientad.training.graph_step import GraphStep
+from efficientad.training.pictures import Pictures, PictureSource, to_rgb
+from efficientad.training.settings import Settings, TrainingError, TrainingStopped
+from efficientad.training.training_step import TERMS, StepInputs, step_losses, teacher_features
+from efficientad.utils.prefetch import ahead
+from efficientad.utils.run_state import load_state, optimizer_tensors, restore_optimizer, save_state
+from efficientad.utils.sampling import random_numbers
+
+FEATURE_CACHE_BYTES = 2 * 2**30  # of teacher features of training images, kept on the device
+History = list[dict[str, Any]]
+
+
+class Trainer:
+    """Trains a detector's student and autoencoder in place.
+
+    Args:
+        detector: with its teacher's weights; on the device to train on.
+        source: the pictures of each step.
+        settings: see `Settings`. identity: facts that a state must share to be resumed here.
+        feature_budget: bytes of teacher features kept; the rest is computed anew each time, by the
+            same program, so that the result is the same.
+    """
+
+    def __init__(
+        self,
+        detector: EfficientAD,
+        source: PictureSource,
+        settings: Settings,
+        *,
+        identity: dict[str, Any] | None = None,
+        feature_budget: int = FEATURE_CACHE_BYTES,
+    ) -> None:
+        self.detector, self.source, self.settings = detector, source, settings
+        self.identity = {**(identity or {}), **asdict(settings)}
+        self.device = detector.teacher_mean.device
+        self.step = 0
+        self.history: History = []
+        self.half = settings.dtype == "bfloat16"
+        self.fast = self.device.type == "cpu" and not self.half
+        named = [
+            (f"{part}.{name}", parameter)
+            for part in ("student", "autoencoder")
+            for name, parameter in getattr(detector, part).named_parameters()
+        ]
+        self._names, self._parameters = (list(column) for column in zip(*named, strict=True))
+        on_gpu = self.device.type == "cuda"
+        rate = torch.tensor(settings.learning_rate, device=self.device) if on_gpu else 1e-4
+        self.optimizer = torch.optim.Adam(
+            self._parameters, lr=rate, weight_decay=settings.weight_decay, fused=True,
+            capturable=on_gpu,
+        )  # fmt: skip
+        self._graph: GraphStep | None = None
+        self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
+        self._summed = 0
+        self._features: dict[int, Tensor] = {}
+        self._feature_budget = feature_budget
+
+    # ---- before the first step ---------------------------------------------------------------
+
+    def prepare(self, workers: int = 2, progress: Progress | None = None) -> None:
+        """Channel statistics of the teacher over all training images; leaves out unreadable ones.
+
+        Raises:
+            ValueError: no image can be read.
+        """
+        images = self.source.images
+
+        def load(index: int):
+            try:
+                return images[index]
+            except ImageError as error:
+                return error
+
+        statistics, bad, good = ChannelStatistics(), [], 0
+        for i, found in enumerate(ahead(load, range(len(images)), workers=workers, depth=4)):
+            if isinstance(found, ImageError):
+                bad.append((i, found))
+            else:
+                rgb = to_rgb(torch.tensor(found)[None], self.device)
+                statistics.add(self._teacher(good, rgb))
+                good += 1
+            if progress is not None:
+                progress("channel statistics", i + 1, len(images))
+        images.drop_unreadable(bad)
+        self.detector.set_statistics(*statistics.result())
+
+    def _teacher(self, index: int, rgb: Tensor) -> Tensor:
+        """Teacher features (1, 384, h, w) of one training image, always computed alone."""
+        found = self._features.get(index)
+        if found is None:
+            found = teacher_features(self.detector, rgb, self.fast)
+            if (len(self._features) + 1) * found.nbytes <= self._feature_budget:
+                self._features[index] = found
+        return found
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def run(
+        self,
+        *,
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_every: int = 1000,
+        evaluate: Callable[[], dict[str, Any]] | None = None,
+        evaluate_every: int = 0,
+        workers: int = 2,
+        progress: Progress | None = None,
+        on_history: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Train to the last step. `prepare` or `resume` comes first.
+
+        Raises:
+            TrainingError: a loss that is not finite. OSError: a state that cannot be written.
+            TrainingStopped: Ctrl-C; the step under way is finished and, with a `checkpoint`, the
+                state written first. A second Ctrl-C does not wait for the step.
+        """
+        if not self.detector.has_statistics:
+            raise ValueError("the channel statistics are not set; call prepare() first")
+        s, evaluate_every = self.settings, evaluate_every if evaluate is not None else 0
+        self.detector.student.train()
+        self.detector.autoencoder.train()
+        if progress is not None:
+            progress("training", self.step, s.steps)
+        whole = True  # weights, optimizer, sums and step number belong together
+        pictures = ahead(
+            self.source, range(self.step, s.steps), workers=workers, depth=2 * workers + 1
+        )
+        try:
+            for found in pictures:
+                entry = None
+                with _uninterrupted():
+                    whole = False
+                    self._one_step(found)
+                    due = evaluate_every and self.step % evaluate_every == 0
+                    if due or self.step % s.log_every == 0 or self.step == s.steps:
+                        entry = self._entry()
+                        self.history.append(entry)
+                    whole = True
+                if due:
+                    self.detector.eval()
+                    entry |= evaluate()
+                    self.detector.student.train()
+                    self.detector.autoencoder.train()
+                if entry is not None and on_history is not None:
+                    on_history(entry)
+                last = self.step == s.steps
+                if checkpoint is not None and (last or self.step % checkpoint_every == 0):
+                    self.save(checkpoint)
+                if progress is not None:
+                    progress("training", self.step, s.steps)
+        except KeyboardInterrupt:
+            if whole and checkpoint is not None:
+                self.save(checkpoint)
+            raise TrainingStopped(self.step, checkpoint if whole else None) from None
+        finally:
+            pictures.close()
+            self.detector.eval()
+
+    def _one_step(self, pictures: Pictures) -> None:
+        s = self.settings
+        image = to_rgb(pictures.image, self.device)
+        inputs = StepInputs(
+            image,
+            to_rgb(pictures.augmented, self.device),
+            None if pictures.photo is None else to_rgb(pictures.photo, self.device),
+            torch.cat([self._teacher(i, image[k : k + 1]) for k, i in enumerate(pictures.indices)]),
+        )
+        rate = losses.learning_rate(self.step, s.steps, s.learning_rate)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        with self._seeded(self.step):
+            if self.device.type != "cuda":
+                terms = self._eager(inputs)
+            else:
+                if self._graph is None:
+                    self._graph = GraphStep(self._eager, self.optimizer, self._parameters, inputs)
+                    self._seed_device(self.step)  # the warm-up drew from the generator
+                terms = self._graph(inputs)
+        self._sums += terms
+        self._summed += 1
+        self.step += 1
+
+    def _eager(self, inputs: StepInputs) -> Tensor:
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False
+        ):
+            terms = step_losses(self.detector, inputs, self.settings.hard_quantile, self.fast)
+        terms.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return terms.detach()
+
+    def _seed_device(self, step: int) -> None:
+        seed = int(random_numbers(self.settings.seed, "dropout", step).integers(2**63))
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    @contextmanager
+    def _seeded(self, step: int) -> Iterator[None]:
+        """The device's generator seeded for this step, and as it was afterwards."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self._seed_device(step)
+            yield
+
+    def _entry(self) -> dict[str, Any]:
+        """Means of the terms since the last entry; TrainingError if one is not finite."""
+        means = (self._sums / self._summed).tolist()
+        if not all(map(math.isfinite, means)):
+            shown = ", ".join(f"{name} {v:g}" for name, v in zip(TERMS, means, strict=True))
+            raise TrainingError(
+                f"a loss is not finite by step {self.step} ({shown}); the last checkpoint is older"
+            )
+        s = self.settings
+        rate = losses.learning_rate(self.step - 1, s.steps, s.learning_rate)
+        self._sums.zero_()
+        self._summed = 0
+        return {
+            "step": self.step,
+            "loss": sum(means),
+            **dict(zip(TERMS, means, strict=True)),
+            "learning_rate": rate,
+        }
+
+    # ---- state -------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all that `resume` needs, atomically. OSError: the old state is still whole."""
+        detector = self.detector
+        tensors = dict(zip(self._names, self._parameters, strict=True))
+        tensors |= {"teacher_mean": detector.teacher_mean, "teacher_std": detector.teacher_std}
+        tensors |= optimizer_tensors(self.optimizer, self._names) | {"sums": self._sums}
+        images = self.source.images
+        facts = {
+            "step": self.step,
+            "summed": self._summed,
+            "identity": self.identity,
+            "images": images.digest(),
+            "failed": images.failed,
+            "history": self.history,
+        }
+        save_state(path, tensors, facts)
+
+    def resume(self, path: str | os.PathLike) -> None:
+        """Continue from a state of `save`; replaces `prepare`.
+
+        Raises:
+            FileNotFoundError: nothing is there. ValueError: damaged. TrainingError: it is the
+                state of a training with other settings, images or teacher.
+        """
+        tensors, facts = load_state(Path(path))
+        images, known = self.source.images, facts.get("identity", {})
+        for name, now in self.identity.items():
+            if known.get(name) != now:
+                raise TrainingError(
+                    f"{path} is of a training with {name} {known.get(name)!r}; here it is {now!r}. "
+                    "Resume with the same settings, or start anew with another checkpoint"
+                )
+        failed = {name for name, _ in facts["failed"]}
+        images.paths = [p for p in images.paths if str(p) not in failed]
+        images.failed = [tuple(row) for row in facts["failed"]]
+        if images.digest() != facts["images"]:
+            raise TrainingError(f"{path} is of a training on other images than are there now")
+        try:
+            with torch.no_grad():
+                for name, parameter in zip(self._names, self._parameters, strict=True):
+                    parameter.copy_(tensors[name])
+                self.detector.set_statistics(tensors["teacher_mean"], tensors["teacher_std"])
+                self._sums.copy_(tensors["sums"])
+            restore_optimizer(self.optimizer, self._names, tensors)
+        except (KeyError, RuntimeError) as error:
+            raise TrainingError(f"{path} does not fit these networks: {error}") from error
+        self._graph = None
+        self._features.clear()
+        self.step, self._summed = int(facts["step"]), int(facts["summed"])
+        self.history = list(facts["history"])
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end; a second one does not. Only where it would raise at once."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt

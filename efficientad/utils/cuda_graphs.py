@@ -1,0 +1,37 @@
+"""CUDA graphs are captured here, one at a time in the process."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_lock = threading.RLock()
+
+
+@contextmanager
+def captured(
+    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
+) -> Iterator[None]:
+    """Capture what runs inside, on `stream` and on those that join it, into `graph`.
+
+    Other threads may allocate, pin and compute meanwhile (thread_local). What no mode allows is
+    kept out: `torch.cuda.graph` waits for the whole device at its start, which would break another
+    thread's capture, so there is a lock; and an old graph that the garbage collector meets would be
+    destroyed in the middle of this one, so it waits. Other code must not call
+    `torch.cuda.synchronize()` in another thread meanwhile.
+    """
+    with _lock, torch.cuda.device(stream.device):
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                yield
+        finally:
+            if collecting:
+                gc.enable()

@@ -1,0 +1,47 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_file(
+    path: str | os.PathLike, write: Callable[[Path], object], *, durable: bool = False
+) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`.
+
+    Makes missing folders. If `write` fails, an existing file stays as it was and nothing else is
+    left behind. `durable` waits until the contents are on the disk before the old file goes. The
+    file gets the permissions of any new file there, whatever `write` gives it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not made of the file's name, which may have the greatest length already.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # asking for the umask would change it
+        temporary.unlink()
+        write(temporary)
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def plain_text(value: object) -> str:
+    """`str(value)` that UTF-8 can hold: bytes of a file name that are no text become "\\udcNN"."""
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")

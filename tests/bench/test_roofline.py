@@ -1,0 +1,107 @@
+"""The static model against counts made by hand, and against the networks and kernels it models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.kernels import roofline
+from bench.kernels.roofline import Group, Launch
+from efficientad.kernels import conv, pair_distance
+from efficientad.model.networks import PDN, Autoencoder
+from efficientad.ops.reference import resize_reads
+
+
+@pytest.mark.parametrize(
+    ("size", "teacher", "student", "total", "floor"),
+    [("S", 30.36, 40.22, 75.4, 95.4), ("M", 103.0, 125.5, 233.3, 295.4)],
+)
+def test_operations_and_floor(size, teacher, student, total, floor):
+    flop = roofline.network_flop(size)
+    assert flop["teacher"] / 1e9 == pytest.approx(teacher, abs=0.05)
+    assert flop["student"] / 1e9 == pytest.approx(student, abs=0.05)
+    assert flop["autoencoder"] / 1e9 == pytest.approx(4.79, abs=0.005)
+    assert sum(flop.values()) / 1e9 == pytest.approx(total, abs=0.05)
+    assert roofline.floor_us(size) == pytest.approx(floor, abs=0.05)
+    # One image's launches do that work: all of it but the bottleneck's 0.002 GFLOP.
+    launches = roofline.pdn_launches(size, 1) + roofline.autoencoder_launches(1)
+    assert sum(launch.flop for launch in launches) == pytest.approx(sum(flop.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", ["S", "M"])
+def test_layers_are_those_of_the_networks(size):
+    """Filters and cells of the tables, against the modules."""
+    for column, channels in ((0, 384), (1, 768)):
+        net = PDN(size, channels)
+        want = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+        got = [(cout[column], cin[column], k, k)
+               for _, k, cin, cout, _ in roofline.pdn_layers(size)]  # fmt: skip
+        assert got == want
+        assert roofline.pdn_layers(size)[-1][0] == 56
+    cells = []
+    net = Autoencoder().eval()
+    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    for module in convs:
+        module.register_forward_hook(lambda m, x, y: cells.append((y.shape[-1], *m.weight.shape)))
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 256, 256))
+    assert cells == [(n, co, ci, k, k) for _, n, k, ci, co in roofline.AUTOENCODER]
+    assert len(resize_reads(128, 56)) == roofline.D6_NEEDED
+
+
+# Counted by hand at a batch of one, PDN-S: tiles, waves, tensor us, L2 us.
+BY_HAND = [
+    ((Group(497, 128, 256, 64),), 3.8, 2.8, None),
+    ((Group(234, 128, 256, 2048),), 1.77, 44.9, 46.6),
+    ((Group(112, 128, 128, 2304),), 0.85, 12.6, 16.7),
+    ((Group(220, 64, 128, 2304),), 1.67, 12.6, 24.6),
+    ((Group(56, 128, 256, 2304),), 0.42, 25.2, None),
+    ((Group(75, 128, 128, 8192),), 0.57, 44.9, 39.8),
+    ((Group(75, 128, 128, 4672),), 0.57, 25.6, 22.7),
+    ((Group(75, 128, 128, 4672), Group(75, 128, 128, 8192)), 1.14, 51.2, 62.5),
+    ((Group(147, 64, 128, 8192), Group(147, 64, 128, 4672)), 2.23, 48.0, 92.0),
+    ((Group(25, 128, 384, 8192), Group(25, 128, 384, 4672)), 0.38, 134.6, None),
+]
+
+
+@pytest.mark.parametrize(("groups", "waves", "tensor", "l2"), BY_HAND)
+def test_counts_by_hand(groups, waves, tensor, l2):
+    launch = Launch("", groups, 0)
+    assert launch.waves == pytest.approx(waves, abs=0.05)
+    assert launch.tensor_us == pytest.approx(tensor, abs=0.06)
+    if l2 is not None:
+        assert launch.l2_us == pytest.approx(l2, abs=0.1)
+
+
+def test_tiles_come_from_the_tables(monkeypatch):
+    conv1, conv2, conv3, pair = roofline.pdn_launches("S", 1)
+    assert conv1.programs * conv1.groups[0].bm * conv1.groups[0].bn >= 4 * 126**2 * 256
+    tile = conv.choose_tile(90, 61 * 61, (256, 256), True)
+    assert (conv2.groups[0].bm, conv2.groups[0].bn) == (tile.bm, tile.bn)
+    assert conv3.groups[0].k == 2304
+    assert [group.k for group in pair.groups] == [8192, 4672]
+    other = pair_distance.Tile(64, 96, 128, warps=4, stages=2)
+    monkeypatch.setattr(pair_distance, "choose_tile", lambda *_: other)
+    *_, pair = roofline.pdn_launches("S", 1)
+    assert pair.programs == 2 * 49 * 4
+
+
+def test_a_larger_batch_is_never_slower_per_image():
+    for size in ("S", "M"):
+        per_image = [
+            sum(launch.larger_us for launch in roofline.pdn_launches(size, batch)) / batch
+            for batch in roofline.BATCHES
+        ]
+        assert per_image[-1] < per_image[0]
+        assert min(per_image) > 0.9 * roofline.floor_us(size)
+
+
+def test_report(capsys):
+    assert roofline.main(["--size", "M", "--batch", "1", "3"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("ESTIMATE")
+    assert "295.4 us per image" in text
+    assert "batch 3" in text
+    with pytest.raises(SystemExit):
+        roofline.main(["--batch", "0"])
+    assert "--batch is 0" in capsys.readouterr().err
