@@ -26,7 +26,8 @@ import torch
 
 from bench import record
 from efficientad import EfficientAD
-from efficientad.data.datasets import DataSet, open_dataset
+from efficientad.data.datasets import DataSet
+from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics
 from efficientad.results.prediction import RawMaps, distance_maps, image_score, sized_map
 from efficientad.training.fitting import fit

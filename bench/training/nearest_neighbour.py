@@ -22,8 +22,9 @@ from torch import Tensor
 from bench import record
 from bench.training.accuracy import TABLE, add_rows, areas, row_of
 from efficientad.checkpoint.teachers import default_teacher
-from efficientad.data.datasets import DataSet, open_dataset
+from efficientad.data.datasets import DataSet
 from efficientad.data.images import load_batches
+from efficientad.data.layouts import open_dataset
 from efficientad.distillation.backbones import load_backbone
 from efficientad.evaluation.metrics import PixelMetrics
 from efficientad.model.detector import EfficientAD

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
-    from efficientad.data.datasets import open_dataset
+    from efficientad.data.layouts import open_dataset
     from efficientad.evaluation.evaluation import evaluate
 
     check_running(options)
@@ -84,7 +84,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_calibrate(options: argparse.Namespace) -> int:
     from efficientad.checkpoint.loading import save
-    from efficientad.data.datasets import open_dataset
+    from efficientad.data.layouts import open_dataset
     from efficientad.model.calibration import calibrate
 
     check_running(options)

@@ -75,7 +75,7 @@ def add_train(commands: Any) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """Carry out `efficientad train`; returns the exit code."""
     from efficientad.checkpoint.teachers import teacher_license
-    from efficientad.data.datasets import open_dataset
+    from efficientad.data.layouts import open_dataset
     from efficientad.training.fitting import fit
     from efficientad.training.settings import TrainingStopped, state_beside
 

@@ -21,6 +21,7 @@ __all__ = [
     "SUFFIXES",
     "Batch",
     "ImageError",
+    "as_sources",
     "find_images",
     "image_size",
     "load_batches",
@@ -95,6 +96,26 @@ def find_images(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[
             raise ValueError(f"no image in folder {path} (suffixes: {' '.join(sorted(SUFFIXES))})")
         found.extend(inside)
     return found
+
+
+def as_sources(sources: Any) -> Iterable[Any]:
+    """The images that a caller means; a path stands for what `find_images` finds there.
+
+    Raises:
+        ValueError: one image where several belong, no iterable, or a folder without an image.
+        FileNotFoundError: a path where nothing is.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        return find_images(sources)
+    rule = "it must be an iterable of images, or a folder: for one image, a list of it"
+    if isinstance(sources, (np.ndarray, Tensor)):
+        if sources.ndim != 4:
+            raise ValueError(f"sources is an array of shape {tuple(sources.shape)}; {rule}")
+    elif isinstance(sources, (bytes, bytearray, memoryview)) or not (
+        hasattr(sources, "__iter__") or hasattr(sources, "__getitem__")
+    ):
+        raise ValueError(f"sources is a {type(sources).__name__}; {rule}")
+    return sources
 
 
 def load_batches(

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from efficientad.checkpoint.loading import load, save
-from efficientad.data.datasets import open_dataset
+from efficientad.data.layouts import open_dataset
 from efficientad.demo.parts import write_dataset
 from efficientad.evaluation.evaluation import Evaluation, evaluate
 from efficientad.model.calibration import Progress

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from efficientad.data.datasets import GOOD, DataSet, Sample, open_dataset
+from efficientad.data.datasets import GOOD, DataSet, Sample
 from efficientad.data.images import read_image
+from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
+from efficientad.data.datasets import Region
 from efficientad.evaluation.histogram import MAX_BINS, FloatHistogram
 
 PRO_LIMITS = (0.3, 0.05)  # false positive rates to which AU-PRO is integrated
@@ -54,13 +54,6 @@ class PixelResult:
     anomalous_pixels: int
     regions: int
     dropped_bits: int
-
-
-class Region(NamedTuple):
-    """One annotated defect: its mask, bool (H, W), and the area in pixels at which it saturates."""
-
-    mask: np.ndarray
-    saturation_area: int
 
 
 def image_metrics(labels: Sequence[int] | np.ndarray, scores: Sequence[float]) -> ImageMetrics:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from efficientad.data.images import ImageError
+from efficientad.data.images import ImageError, as_sources
 from efficientad.fast.frame_inputs import Frame, read_frame
-from efficientad.results.prediction import Prediction, as_sources
+from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import check_integer
 
 if TYPE_CHECKING:

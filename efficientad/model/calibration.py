@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientad.data.datasets import DataSet, Sample, open_dataset, split_validation
+from efficientad.data.datasets import DataSet, Sample, split_validation
 from efficientad.data.images import Batch, ImageError, find_images, load_batches
+from efficientad.data.layouts import open_dataset
 from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD
 from efficientad.model.networks import TEACHER_CHANNELS
 from efficientad.utils.checks import check_detector, check_number

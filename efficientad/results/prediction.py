@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efficientad.data.images import ImageError, find_images, load_batches
+from efficientad.data.images import ImageError, as_sources, load_batches
 from efficientad.model.detector import EfficientAD
 from efficientad.utils.checks import check_detector
 from efficientad.utils.devices import full_float32
@@ -218,26 +218,6 @@ def image_score(detector: EfficientAD, raw: RawMaps) -> float:
     """The image score: the maximum at the size that the detector's `score_size` names."""
     size = detector.image_size if detector.score_size == "input" else raw.source_size
     return detector.anomaly_map(raw.map_st, raw.map_ae, size)[1].item()
-
-
-def as_sources(sources: Any) -> Iterable[Any]:
-    """The images that a caller means; a path stands for what `images.find_images` finds there.
-
-    Raises:
-        ValueError: one image where several belong, no iterable, or a folder without an image.
-        FileNotFoundError: a path where nothing is.
-    """
-    if isinstance(sources, (str, os.PathLike)):
-        return find_images(sources)
-    rule = "it must be an iterable of images, or a folder: for one image, a list of it"
-    if isinstance(sources, (np.ndarray, Tensor)):
-        if sources.ndim != 4:
-            raise ValueError(f"sources is an array of shape {tuple(sources.shape)}; {rule}")
-    elif isinstance(sources, (bytes, bytearray, memoryview)) or not (
-        hasattr(sources, "__iter__") or hasattr(sources, "__getitem__")
-    ):
-        raise ValueError(f"sources is a {type(sources).__name__}; {rule}")
-    return sources
 
 
 def predict(

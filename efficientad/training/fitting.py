@@ -19,7 +19,8 @@ import torch
 
 from efficientad.checkpoint.loading import CheckpointError, load_teacher, save
 from efficientad.checkpoint.teachers import default_teacher, teacher_license
-from efficientad.data.datasets import DataSet, open_dataset
+from efficientad.data.datasets import DataSet
+from efficientad.data.layouts import open_dataset
 from efficientad.model.calibration import FALSE_POSITIVE_RATE, Progress, calibrate
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN

@@ -14,7 +14,7 @@ from bench import record
 from bench.report import training_curves as curves
 from bench.training import accuracy
 from bench.training import nearest_neighbour as yardstick
-from efficientad.data.datasets import open_dataset
+from efficientad.data.layouts import open_dataset
 from efficientad.evaluation import evaluation
 from efficientad.results.prediction import RawMaps
 

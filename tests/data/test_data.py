@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientad.data.datasets import DataSet, Sample, Saturation, open_dataset, split_validation
+from efficientad.data.datasets import DataSet, Sample, Saturation, split_validation
 from efficientad.data.images import image_size, load_batches
+from efficientad.data.layouts import open_dataset
 
 
 def write(path: Path, value: int = 0, size: tuple[int, int] = (6, 8), mark: int = 0) -> Path:

@@ -15,7 +15,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import efficientad as ead
-from efficientad.data.datasets import DataSet, Sample, open_dataset
+from efficientad.data.datasets import DataSet, Sample
+from efficientad.data.layouts import open_dataset
 from efficientad.results.output_folder import ResultFolder, output_names
 from efficientad.results.prediction import is_anomalous
 

@@ -9,12 +9,12 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
+from efficientad.data.datasets import Region
 from efficientad.evaluation.histogram import MAX_BINS, MIN_BINS
 from efficientad.evaluation.metrics import (
     PRO_LIMITS,
     SPRO_LIMITS,
     PixelMetrics,
-    Region,
     image_metrics,
     partial_area,
     saturated_pro,

@@ -21,7 +21,7 @@ from helpers_training import thin_detector, thin_trainer, write_pictures
 from efficientad import EfficientAD, load
 from efficientad.checkpoint import teachers
 from efficientad.cli.train import add_train, run_train
-from efficientad.data.datasets import open_dataset
+from efficientad.data.layouts import open_dataset
 from efficientad.model.networks import PDN
 from efficientad.training import fitting as training
 from efficientad.training.fitting import TrainingError, fit
