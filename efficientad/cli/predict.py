@@ -178,7 +178,7 @@ def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:
                 paths, map_size="source", workers=options.workers, on_error=on_error
             )
         )
-    from efficientad.fast.tiles import check_tiles
+    from efficientad.fast.tiling import check_tiles
 
     check_tiles(predictor.image_size, predictor.image_size, options.tiles)
     return lambda paths, on_error: _in_tiles(predictor, paths, options.tiles, on_error)

@@ -239,7 +239,7 @@ class FastPredictor:
     def predict_large(
         self, source: Any, *, overlap: int = 48, batch: int | None = None
     ) -> Prediction:
-        """One image at its full resolution, in overlapping tiles; see `large.predict_large`."""
+        """One image at its full resolution, in overlapping tiles; see `tiling.predict_large`."""
         from efficientad.fast.tiling import predict_large
 
         return predict_large(self, source, overlap=overlap, batch=batch)

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 import efficientad as ead
 from efficientad.fast import backends
 from efficientad.fast.predictor import FastPredictor
-from efficientad.fast.tiles import (
+from efficientad.fast.tiling import (
     axis_weights,
     axis_window,
     check_tiles,
     frame_pixels,
+    predict_large,
     tile_starts,
     tiled_anomaly_map,
 )
-from efficientad.fast.tiling import predict_large
 from efficientad.model.networks import feature_size
 
 BOUND = 1e-4  # float32, of max(0.1, largest |map|)
