@@ -60,7 +60,7 @@ class KernelBackend:
         dtype: float16 or bfloat16.
         device: a CUDA device from sm_80 on, or the CPU in Triton's interpreter (tests).
 
-    The first run must have the largest batch; see `forward.Workspace`.
+    The first run must have the largest batch; see `fused_network.Workspace`.
     """
 
     name = "triton kernels"

@@ -3,8 +3,8 @@
 The fast path of a CPU, and, in channels_last, of a GPU that cannot run the kernels. It has the
 arithmetic of the detector with fewer passes over memory: the difference between teacher and student
 is one convolution over their concatenated features, and no 384-channel intermediate is normalised.
-In float32 on a CPU it is handed to the compiled convolutions (`folded_native.py`); where these are
-missing the large convolutions still take fewer multiplications (`fast_conv.py`).
+In float32 on a CPU it is handed to the compiled convolutions (`NativeNetwork`); where these are
+missing the large convolutions still take fewer multiplications (`ops/differentiable_conv.py`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad.fast import folding
-from efficientad.fast.folded_native import NativeNetwork
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN_LAYERS, TEACHER_CHANNELS, decoder_sizes
-from efficientad.ops import compiled_conv as native_conv
+from efficientad.ops import compiled_conv
+from efficientad.ops.compiled_conv import Layer, mean_square, resize
 from efficientad.ops.differentiable_conv import convolve
 
 
 def is_compiled(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the compiled convolutions compute the network in this dtype, there."""
-    return dtype == torch.float32 and device.type == "cpu" and native_conv.available()
+    return dtype == torch.float32 and device.type == "cpu" and compiled_conv.available()
 
 
 def network_name(dtype: torch.dtype, device: torch.device) -> str:
@@ -158,3 +158,76 @@ def _folded_tensors(detector: EfficientAD) -> dict[str, Tensor]:
 
 def _layer(name: str, conv: nn.Conv2d) -> dict[str, Tensor]:
     return {f"{name}_weight": conv.weight.double(), f"{name}_bias": conv.bias.double()}
+
+
+class NativeNetwork:
+    """`FoldedNetwork` in compiled convolutions on a CPU, float32; transforms the filters, once.
+
+    All images are channels last. Teacher and student share the first layer's patches and lie side
+    by side in one image, so nothing is joined.
+
+    Args:
+        tensors: folded weights and biases in float64 by name, see `_folded_tensors`.
+        size: "S" or "M". padding: whether the PDN is the padded one.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], size: str, padding: bool) -> None:
+        def layer(name: str, **options) -> Layer:
+            return Layer(tensors[f"{name}_weight"], tensors.get(f"{name}_bias"), **options)
+
+        self._padding = padding
+        rows = [
+            {
+                "padding": row.padding if padding else 0,
+                "relu": row.relu,
+                "pool": row.pool,
+                "pool_padding": int(padding),
+            }
+            for row in PDN_LAYERS[size][:-1]
+        ]
+        first = (
+            torch.cat([tensors[f"{name}1_{part}"] for name in ("teacher", "student")])
+            for part in ("weight", "bias")
+        )
+        self._first = Layer(*first, **rows[0])
+        self._pairs = [
+            [layer(f"{name}{i}", **options) for name in ("teacher", "student")]
+            for i, options in enumerate(rows[1:], start=2)
+        ]
+        self._st, self._ae = layer("st"), layer("ae")
+        encoder = [layer(f"enconv{i}", step=2, padding=1, relu=True) for i in range(1, 6)]
+        self._encoder = [*encoder, layer("enconv6")]
+        self._decoder = [
+            layer(f"deconv{i}", padding=2 if i < 7 else 1, relu=True) for i in range(1, 8)
+        ]
+        self._last = layer("deconv8", padding=1)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w)."""
+        x = x.permute(0, 2, 3, 1).contiguous()
+        features = self._features(x)
+        st = self._st(features)
+        ae = self._ae(features[..., -self._ae.channels :])
+        self._last(self._decoded(x), ae, add=True)
+        return mean_square(st), mean_square(ae)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """The teacher's and, behind them, the student's features, (N, h, w, C + C')."""
+        x = self._first(x)
+        for teacher, student in self._pairs:
+            widths = [teacher.out_channels, student.out_channels]
+            y = x.new_empty(len(x), *teacher.size(*x.shape[1:3]), sum(widths))
+            sources, targets = x.split([teacher.channels, student.channels], 3), y.split(widths, 3)
+            teacher(sources[0], targets[0])
+            student(sources[1], targets[1])
+            x = y
+        return x
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        """The autoencoder up to its last layer, (N, h, w, 64) on the features' grid."""
+        rows, columns = (decoder_sizes(length, self._padding) for length in x.shape[1:3])
+        for layer in self._encoder:
+            x = layer(x)
+        for layer, size in zip(self._decoder, zip(rows, columns, strict=True), strict=True):
+            x = layer(resize(x, size))
+        return x
