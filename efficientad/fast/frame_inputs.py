@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 from efficientad.data.decoding import ImageError, read_image, source_name
 
 Frame = np.ndarray | Tensor  # uint8 (H, W, 3): an array on the host, a tensor on a CUDA device
-_ENCODED = (str, os.PathLike, bytes, bytearray, memoryview)
 
 
 def as_batch(source: Any) -> tuple[list[Any], bool]:

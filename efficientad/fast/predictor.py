@@ -14,9 +14,8 @@ from torch import Tensor
 from efficientad.data.images import ImageError
 from efficientad.fast.fp8 import build_fp8, check_calibration
 from efficientad.fast.frame_inputs import Frame, as_batch, read_frames
-from efficientad.fast.runners import EagerRunner, GraphRunner, Result
+from efficientad.fast.runners import EagerRunner, GraphRunner, Result, Staging
 from efficientad.fast.self_check import build_backend
-from efficientad.fast.staging import Staging
 from efficientad.model.detector import AnomalyOutput, EfficientAD
 from efficientad.ops import frame_path
 from efficientad.results.prediction import Prediction
