@@ -11,6 +11,7 @@ and with few channels; the predictor is the folded torch network there.
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,7 +23,8 @@ from bench.kernels.case import Case
 from bench.kernels.inputs import FP8, Inputs
 from bench.kernels.measure import TOLERANCE, Measure, Row, alive, first_line
 from efficientad import EfficientAD, FastPredictor
-from efficientad.fast.backends import BOUNDS, KernelBackend, TorchBackend
+from efficientad.fast.backends import KernelBackend, TorchBackend
+from efficientad.model.agreement import BOUNDS, difference
 from efficientad.model.synthetic import frames, images, random_detector
 
 DRAWS = 3  # sizes per configuration; one where the interpreter computes them
@@ -159,10 +161,8 @@ def check_operation(
 
 
 def _map_errors(found: Tensor, want: Tensor) -> tuple[float, float]:
-    """As parts of max(0.1, largest |map|), as `backends.BOUNDS` has them; NaN is infinite."""
-    difference = (found.float() - want.float()) / max(0.1, float(want.abs().max()))
-    pair = difference.abs().max(), difference.square().mean().sqrt()
-    return tuple(float(torch.nan_to_num(v, nan=torch.inf)) for v in pair)
+    """As `agreement.difference` has them; NaN is infinite, since a row holds the largest."""
+    return tuple(math.inf if math.isnan(v) else v for v in difference(found, want))
 
 
 def _float32_maps(detector: EfficientAD, batch: Tensor, device: str) -> tuple[Tensor, Tensor]:

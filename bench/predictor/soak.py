@@ -30,6 +30,7 @@ from torch import Tensor
 from bench import record
 from efficientad import EfficientAD, FastPredictor
 from efficientad.fast import backends
+from efficientad.model.agreement import BOUNDS
 from efficientad.model.synthetic import random_detector
 
 GROWTH = 0.02  # of resident memory, from the first tenth to the end
@@ -105,7 +106,7 @@ def soak(frames: int, network: str, device: str, workers: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as name:
         good = good_sources(Path(name))
         bad = damaged_sources(good, Path(name))
-        bound = backends.BOUNDS[predictor.dtype][0]  # alone it may be in another bucket
+        bound = BOUNDS[predictor.dtype][0]  # alone it may be in another bucket
         alone = [float(predictor(source).score) for source in good]
         choice = np.random.Generator(np.random.Philox(1)).random(frames)
         which = np.random.Generator(np.random.Philox(2)).integers(0, 2**31, frames)

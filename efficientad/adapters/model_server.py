@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientad.fast.backends import BOUNDS
 from efficientad.fast.predictor import FastPredictor
+from efficientad.model.agreement import BOUNDS, difference, worst
 from efficientad.model.detector import AnomalyOutput, EfficientAD
 from efficientad.utils.devices import choose_device
 
@@ -80,17 +80,12 @@ class Server:
 
     def refuse_unless_equal(self, pairs: Sequence[tuple[Tensor, Tensor]], what: str) -> None:
         """Compare (found, expected) maps; past the bound this server serves no more."""
-        worst = 0.0
-        for found, expected in pairs:
-            scale = max(0.1, float(expected.abs().max()))
-            same = found.shape == expected.shape
-            error = float((found - expected).abs().max()) / scale if same else float("inf")
-            worst = max(worst, error) if error == error else float("nan")
+        most = worst(difference(found, expected).largest for found, expected in pairs)
         bound = BOUNDS[self.predictor.dtype][0]
-        if not worst <= bound:
+        if not most <= bound:  # true for NaN
             self.predictor = None
             warnings.warn(
                 f"{what} keeps its own forward: the fast path's maps differ from its own by "
-                f"{worst:.2g} of their scale (bound {bound:g}). Was the network changed?",
+                f"{most:.2g} of their scale (bound {bound:g}). Was the network changed?",
                 stacklevel=5,
             )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from efficientad.benchmark.call_times import SUMMARY, in_turn, ratio, summary
-from efficientad.fast.backends import BOUNDS
+from efficientad.model.agreement import BOUNDS, difference, scale_of, worst
 from efficientad.model.detector import EfficientAD
 
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ class Accuracy:
             scores, as parts of max(0.1, largest |map|); None where a value is not finite.
         rank_errors: pairs of images in another order, of those whose scores differ by more than
             twice the bound of the dtype.
-        problem: what is wrong, by the bounds of `backends.BOUNDS`, or None. fp8 has no bound here:
+        problem: what is wrong, by the bounds of `agreement.BOUNDS`, or None. fp8 has no bound here:
             a predictor is built in it only after it proved itself on calibration images.
     """
 
@@ -93,10 +93,9 @@ def accuracy(
         return Accuracy(None, None, None, None, problem)
     if not (scores.isfinite().all() and maps.isfinite().all()):
         return Accuracy(None, None, None, None, "wrong: values that are not finite")
-    scale = max(0.1, float(exact.abs().max()))
-    difference = (maps - exact) / scale
-    largest, rms = float(difference.abs().max()), float(difference.square().mean().sqrt())
-    score = float((scores - best).abs().max()) / scale
+    scale = scale_of(exact)
+    largest, rms = difference(maps, exact, scale)
+    score = difference(scores, best, scale).largest
     bounds = BOUNDS.get(dtype) if dtype.itemsize > 1 else None
     apart = 2 * (bounds or BOUNDS[torch.bfloat16])[0] * scale
     swapped = sum(
@@ -105,7 +104,7 @@ def accuracy(
         for i, j in itertools.combinations(range(len(best)), 2)
     )
     problem = None
-    if bounds is not None and (max(largest, score) > bounds[0] or rms > bounds[1]):
+    if bounds and not (worst((largest, score)) <= bounds[0] and rms <= bounds[1]):
         problem = (
             f"wrong: map error {largest:.2g} and score error {score:.2g} (bound {bounds[0]:g}), "
             f"RMS {rms:.2g} (bound {bounds[1]:g}), {swapped} pairs in another order"

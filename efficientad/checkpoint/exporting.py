@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficientad.model.agreement import difference, scale_of, worst
 from efficientad.model.detector import EfficientAD, check_pair
 from efficientad.utils.checks import check_detector
 from efficientad.utils.files import replace_file
@@ -211,7 +212,7 @@ def _compare(model: _Wrapped, run: Run, size: tuple[int, int], path: Path) -> di
     with torch.no_grad():
         one_by_one = [model(image[None]) for image in images]
     scores, maps = (torch.cat(parts).cpu() for parts in zip(*one_by_one, strict=True))
-    scale = max(0.1, float(maps.abs().max()))
+    scale = scale_of(maps)
     differences = {}
     for count in BATCHES:
         score, anomaly_map = (t.cpu() for t in run(images[:count]))
@@ -222,12 +223,12 @@ def _compare(model: _Wrapped, run: Run, size: tuple[int, int], path: Path) -> di
                     f"{path} was not written: at batch {count} a result has shape "
                     f"{tuple(found.shape)} instead of {tuple(expected.shape)}"
                 )
-        worst = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item() / scale
-        differences[count] = worst
-        if not worst <= BOUND:  # true for NaN
+        most = worst(difference(*pair, scale).largest for pair in pairs)
+        differences[count] = most
+        if not most <= BOUND:  # true for NaN
             raise ExportError(
                 f"{path} was not written: at batch {count} it differs from the detector by "
-                f"{worst:.2g} of the maps' scale (bound {BOUND:g})"
+                f"{most:.2g} of the maps' scale (bound {BOUND:g})"
             )
     return differences
 

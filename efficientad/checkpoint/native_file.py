@@ -22,6 +22,7 @@ from torch import Tensor
 from efficientad.checkpoint.contents import Contents, build_detector, check_weights, read_finite
 from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor, reading
 from efficientad.model.detector import EfficientAD
+from efficientad.model.synthetic import golden_image
 from efficientad.utils.files import replace_file
 
 FORMAT = "efficientad"
@@ -159,16 +160,6 @@ def _write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
         replace_file(path, lambda part: save_file(dict(tensors), part, metadata), durable=True)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-
-
-def golden_image() -> Tensor:
-    """The image (1, 3, 256, 256) of the self-test: integer arithmetic, no random numbers."""
-    row = torch.arange(256).view(1, 256, 1)
-    column = torch.arange(256).view(1, 1, 256)
-    channel = torch.arange(3).view(3, 1, 1)
-    blocks = (row // 32 + column // 16 + channel) % 5
-    value = (row * 3 + column * 5 + row * column // 64 + channel * 41 + blocks * 29) % 256
-    return value[None].float() / 255
 
 
 @torch.no_grad()

@@ -28,18 +28,8 @@ from efficientad.fast.fused_network import (
 from efficientad.model.detector import EfficientAD
 from efficientad.ops import reference
 from efficientad.ops.operators import kernel
-from efficientad.utils.devices import FP8, full_float32
+from efficientad.utils.devices import full_float32
 
-# Largest and RMS difference of maps from float32's, as parts of max(0.1, largest |map|).
-BOUNDS = {
-    torch.float32: (1e-4, 2e-5),
-    torch.float16: (1e-2, 2e-3),
-    torch.bfloat16: (5e-2, 1e-2),
-    # From fp8's own definition. Hopper adds fp8 products with some 14 bits, which rounds part of
-    # the activations to another neighbour: simulated as errors of 0.4 % in every sum of all PDN
-    # layers from the second on, the maps moved by 1.8e-2 and by 2.3e-3 RMS.
-    FP8: (5e-2, 1e-2),
-}
 Maps = tuple[Tensor, Tensor]
 
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientad.checkpoint.native_file import golden_image
 from efficientad.fast import backends
-from efficientad.fast.backends import BOUNDS, Backend, Fp8Backend
+from efficientad.fast.backends import Backend, Fp8Backend
+from efficientad.model.agreement import BOUNDS, difference, scale_of, worst
 from efficientad.model.detector import EfficientAD
+from efficientad.model.synthetic import golden_image
 from efficientad.ops.fused import choose_backend
 from efficientad.utils.devices import FP8, unsafe_compiler
 
@@ -131,15 +132,15 @@ def _check_bucket(
         return backend.anomaly_map(maps, detector.image_size, detector.map_padding, None)
 
     (found, score), (anomaly_map, best) = run(), expected
-    scale = max(0.1, float(anomaly_map.abs().max()))
-    difference = (found.float() - anomaly_map).div_(scale)
-    worst = max(float(difference.abs().max()), float((score - best).abs().max()) / scale)
-    root = float(difference.square().mean().sqrt())
+    scale = scale_of(anomaly_map)
+    of_map = difference(found, anomaly_map.expand(len(levels), -1, -1), scale)
+    of_score = difference(score, best.expand(len(levels)), scale)
+    most = worst((of_map.largest, of_score.largest))
     largest, rms = bounds
-    if not (worst <= largest and root <= rms):  # true for NaN
+    if not (most <= largest and of_map.rms <= rms):  # true for NaN
         return (
-            f"difference {worst:.2g} (bound {largest:g}), RMS {root:.2g} (bound {rms:g}) of the "
-            "map's scale"
+            f"difference {most:.2g} (bound {largest:g}), RMS {of_map.rms:.2g} (bound {rms:g}) of "
+            "the map's scale"
         )
     for _ in range(repeats(backend.device)):
         again, score_again = run()

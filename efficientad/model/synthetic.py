@@ -1,7 +1,8 @@
 """Images with structure, and detectors with random weights.
 
 What benchmarks and tests run on where a trained detector does not matter: the work and the size of
-the numbers are those of a trained one, the scores mean nothing. Everything follows from `seed`.
+the numbers are those of a trained one, the scores mean nothing. Everything follows from `seed`,
+but for the golden image, on which files and kernels test themselves: there is one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,19 @@ def frames(n: int, height: int = 256, width: int = 256, seed: int = 0) -> np.nda
     """`images` as camera frames: uint8 (n, height, width, 3)."""
     pixels = (images(n, height, width, seed) * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def golden_image() -> Tensor:
+    """The image (1, 3, 256, 256) of the self-tests: integer arithmetic, no random numbers.
+
+    Model files hold values that were computed on it; it never changes.
+    """
+    row = torch.arange(256).view(1, 256, 1)
+    column = torch.arange(256).view(1, 1, 256)
+    channel = torch.arange(3).view(3, 1, 1)
+    blocks = (row // 32 + column // 16 + channel) % 5
+    value = (row * 3 + column * 5 + row * column // 64 + channel * 41 + blocks * 29) % 256
+    return value[None].float() / 255
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ import torch
 from helpers_fp8 import write_images
 
 from efficientad.fast import fp8
-from efficientad.fast.backends import BOUNDS
 from efficientad.fast.folding_fp8 import LAYERS
 from efficientad.fast.predictor import FastPredictor
+from efficientad.model.agreement import BOUNDS
 from efficientad.utils.devices import FP8
 
 

@@ -355,6 +355,14 @@ class _WrongAtTwo(Light):
         return (st * 1.5 if len(packed) == 2 else st), ae
 
 
+class _NoScore(Light):
+    """Sound maps, and a score that is no number."""
+
+    def anomaly_map(self, maps, size, padding, out):
+        found, score = super().anomaly_map(maps, size, padding, out)
+        return found, score * torch.nan
+
+
 class _WrongFrames(Light):
     def pack(self, image, packed, *, channels_last):
         super().pack(image, packed, channels_last=channels_last)
@@ -377,6 +385,7 @@ class _Unsteady(Light):
     ("kernels", "problem"),
     [
         (_WrongAtTwo, "failed at batch 2: difference"),
+        (_NoScore, "failed at batch 4: difference nan"),
         (_WrongFrames, "failed at batch 4: frames and images .* packed differently"),
         (_Unsteady, "failed at batch 4: two runs on the same images gave different results"),
     ],

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from efficientad.fast.backends import BOUNDS
 from efficientad.fast.predictor import FastPredictor
+from efficientad.model.agreement import BOUNDS
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from efficientad import EfficientAD, Prediction
 from efficientad.data.images import find_images, read_image, resize_image, to_tensor
 from efficientad.data.layouts import open_dataset
 from efficientad.fast import backends, self_check
-from efficientad.fast.backends import BOUNDS
 from efficientad.fast.predictor import FastPredictor
+from efficientad.model.agreement import BOUNDS
 from efficientad.model.calibration import calibrate
 
 
