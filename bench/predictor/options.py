@@ -10,8 +10,9 @@ import torch
 from bench.predictor import peers
 from efficientad.benchmark import end_to_end as benchmark
 from efficientad.benchmark.call_times import check_counts
+from efficientad.fast.options import choose_dtype
 from efficientad.model.networks import check_image_size, check_model_size
-from efficientad.utils.devices import DTYPES, choose_device, choose_dtype, cpu_multiplies_bfloat16
+from efficientad.utils.devices import DTYPES, choose_device, cpu_multiplies_bfloat16
 
 FP8 = "float8_e4m3fn"
 DEFAULTS = {

@@ -12,9 +12,9 @@ from efficientad import __version__
 from efficientad.checkpoint.teachers import default_teacher_facts
 from efficientad.fast.backends import KernelBackend
 from efficientad.fast.folded_network import network_name
+from efficientad.fast.options import choose_dtype
 from efficientad.ops.frame_path import native_info
 from efficientad.ops.fused import choose_backend
-from efficientad.utils.devices import choose_dtype
 
 
 def environment() -> dict[str, Any]:

@@ -162,8 +162,8 @@ def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:
             workers=options.workers,
             on_error=on_error,
         )
+    from efficientad.fast.options import DEFAULT_BUCKETS
     from efficientad.fast.predictor import FastPredictor
-    from efficientad.utils.devices import DEFAULT_BUCKETS
 
     most, sizes = options.batch_size, None
     if most is not None:

@@ -14,13 +14,14 @@ from torch import Tensor
 from efficientad.data.images import ImageError
 from efficientad.fast.fp8 import build_fp8, check_calibration
 from efficientad.fast.frame_inputs import Frame, as_batch, read_frames
+from efficientad.fast.options import choose_buckets, choose_dtype
 from efficientad.fast.runners import EagerRunner, GraphRunner, Result, Staging
 from efficientad.fast.self_check import build_backend
 from efficientad.model.detector import AnomalyOutput, EfficientAD
 from efficientad.ops import frame_path
 from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import check_detector, check_map_size, check_threshold
-from efficientad.utils.devices import FP8, choose_buckets, choose_device, choose_dtype
+from efficientad.utils.devices import FP8, choose_device
 
 MAP_SIZES = ("input", "source", "feature", None)
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from efficientad.fast import backends
 from efficientad.fast.backends import Backend, Fp8Backend
+from efficientad.fast.options import unsafe_compiler
 from efficientad.model.agreement import BOUNDS, difference, scale_of, worst
 from efficientad.model.detector import EfficientAD
 from efficientad.model.synthetic import golden_image
 from efficientad.ops.fused import choose_backend
-from efficientad.utils.devices import FP8, unsafe_compiler
+from efficientad.utils.devices import FP8
 
 
 def repeats(device: torch.device) -> int:

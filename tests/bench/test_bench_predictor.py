@@ -22,8 +22,8 @@ from bench.predictor.options import DEFAULTS
 from bench.predictor.run import measurements, options, plan, run
 from efficientad.benchmark.contenders import ACCURACY, as_images, row
 from efficientad.data.images import find_images
+from efficientad.fast.options import choose_dtype
 from efficientad.model.networks import PDN, Autoencoder
-from efficientad.utils.devices import choose_dtype
 
 CPU = torch.device("cpu")
 KEYS = {"kind", "name", "size", "batch", "image_size", "dtype", "device", "p50_ms", "p90_ms",

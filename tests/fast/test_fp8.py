@@ -15,9 +15,10 @@ from helpers_fp8 import Definitions, interpret_fp8_exactly, write_images
 from efficientad.fast import backends, fp8
 from efficientad.fast.folding_fp8 import LAYERS
 from efficientad.fast.fp8 import Fp8Check, Fp8Error, changed_order
+from efficientad.fast.options import choose_dtype
 from efficientad.fast.predictor import FastPredictor
 from efficientad.fast.self_check import self_check
-from efficientad.utils.devices import FP8, choose_dtype
+from efficientad.utils.devices import FP8
 
 CPU = torch.device("cpu")
 

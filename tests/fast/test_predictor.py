@@ -19,10 +19,10 @@ import efficientad as ead
 from efficientad.data.images import ImageError, resize_image, to_tensor
 from efficientad.fast import backends, self_check
 from efficientad.fast.frame_inputs import read_frame
+from efficientad.fast.options import choose_dtype
 from efficientad.fast.predictor import FastPredictor
 from efficientad.ops import compiled_conv as native_conv
-from efficientad.utils import devices
-from efficientad.utils.devices import choose_device, choose_dtype
+from efficientad.utils.devices import choose_device
 
 BOUND = 1e-4  # float32, of max(0.1, largest |map|)
 
@@ -395,25 +395,6 @@ def test_the_self_check_sees_every_bucket_frames_and_races(kernels, problem, mod
     monkeypatch.setattr(self_check, "repeats", lambda device: 2)
     backend = kernels(model, torch.bfloat16, torch.device("cpu"))
     assert re.search(problem, self_check.self_check(backend, model, (1, 2, 4)))
-
-
-@pytest.mark.parametrize(
-    ("capability", "triton", "problem"),
-    [
-        ((10, 0), "3.6.0", "Triton 3.6.0 compiles wrong code for sm_100; install 3.7.1"),
-        ((10, 3), "3.7.0+git1", "Triton 3.7.0"),
-        ((10, 0), "3.7.1", None),
-        ((10, 0), "3.10.0", None),
-        ((9, 0), "3.6.0", None),
-        ((12, 0), "3.6.0", None),
-    ],
-)
-def test_a_triton_that_miscompiles_for_a_device(capability, triton, problem, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("triton.__version__", triton)
-    found = devices.unsafe_compiler(torch.device("cuda", 0))
-    assert (found is None) if problem is None else (problem in found)
-    assert devices.unsafe_compiler(torch.device("cpu")) is None
 
 
 def test_a_callers_autocast_changes_nothing(model, monkeypatch):

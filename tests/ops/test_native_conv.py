@@ -18,7 +18,6 @@ from efficientad.fast.folded_network import FoldedNetwork
 from efficientad.ops import compiled_conv as native_conv
 from efficientad.ops import frame_native
 from efficientad.ops.compiled_conv import Layer, filter_gradient, mean_square, resize
-from efficientad.utils import devices
 
 pytestmark = pytest.mark.skipif(
     not native_conv.available(), reason="efficientad._native is not built"
@@ -348,21 +347,3 @@ def test_a_nan_in_one_frame_makes_its_score_nan(small):
     assert found.anomaly_map[0].isnan().any()
     assert torch.equal(found.score[1], clean.score[1])
     assert torch.equal(found.anomaly_map[1], clean.anomaly_map[1])
-
-
-@pytest.mark.parametrize(
-    ("bf16", "amx", "compiled", "expected"),
-    [
-        (False, False, True, torch.float32),
-        (True, False, True, torch.float32),
-        (True, False, False, torch.bfloat16),
-        (True, True, True, torch.bfloat16),
-        (True, True, False, torch.bfloat16),
-    ],
-)
-def test_the_dtype_of_a_cpu_is_the_faster_one(bf16, amx, compiled, expected, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(native_conv, "available", lambda: compiled)
-    assert devices.choose_dtype("auto", torch.device("cpu"), "auto") == expected

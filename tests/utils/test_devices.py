@@ -1,11 +1,10 @@
-"""Precision of float32 on CUDA, and in what a CPU computes by itself."""
+"""Precision of float32 on CUDA, and whether a CPU multiplies bfloat16."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from efficientad.ops import compiled_conv as native_conv
 from efficientad.utils import devices
 
 
@@ -46,28 +45,11 @@ def test_full_float32_lasts_until_the_last_thread_leaves(precisions):
 
 
 @pytest.mark.parametrize(
-    ("avx512", "amx", "compiled", "multiplies", "fastest"),
-    [
-        (False, False, True, False, False),
-        (True, False, True, True, False),
-        (True, False, False, True, True),
-        (True, True, True, True, True),
-        (False, True, False, True, True),
-    ],
+    ("avx512", "amx", "multiplies"),
+    [(False, False, False), (True, False, True), (True, True, True), (False, True, True)],
 )
-def test_what_a_cpu_computes_in(avx512, amx, compiled, multiplies, fastest, monkeypatch):
+def test_a_cpu_that_multiplies_bfloat16(avx512, amx, multiplies, monkeypatch):
     probes = {"_is_avx512_bf16_supported": avx512, "_is_amx_tile_supported": amx}
-    monkeypatch.setattr(devices, "_has", probes.__getitem__)
+    monkeypatch.setattr(devices, "cpu_has", probes.__getitem__)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(native_conv, "available", lambda: compiled)
     assert devices.cpu_multiplies_bfloat16() == multiplies
-    assert devices.cpu_is_fastest_in_bfloat16() == fastest
-    chosen = devices.choose_dtype("auto", torch.device("cpu"), "auto")
-    assert chosen == (torch.bfloat16 if fastest else torch.float32)
-
-
-@pytest.mark.parametrize("sizes", [4, "14", (1.5,), (True,), (), (0,), ("1",), (1, None)])
-def test_batch_sizes_are_integers(sizes):
-    with pytest.raises(ValueError, match=r"batch_sizes is .*; it must be a sequence of integers"):
-        devices.choose_buckets(sizes, torch.device("cpu"))
-    assert devices.choose_buckets((4, 1, 4), torch.device("cpu")) == (1, 4)
