@@ -185,7 +185,7 @@ def _judged(
 
 def facts(predictor: FastPredictor, detector: EfficientAD | None, batch: int) -> dict[str, Any]:
     """What a row says of the predictor that it is about."""
-    size = predictor._model[0] if detector is None else detector.size
+    size = predictor.size if detector is None else detector.size
     image_size = list(predictor.image_size)
     own = {name: predictor.facts[name] for name in ("dtype", "device", "backend")}
     own |= {"buckets": list(predictor.batch_sizes), "map_size": image_size}

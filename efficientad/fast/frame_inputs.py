@@ -1,17 +1,34 @@
-"""What a predictor takes as a frame, and as a batch of frames."""
+"""What a predictor takes as a frame and as a batch, and what its callers ask of a predictor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from efficientad.data.decoding import ImageError, read_image, source_name
+from efficientad.results.prediction import Prediction
 
 Frame = np.ndarray | Tensor  # uint8 (H, W, 3): an array on the host, a tensor on a CUDA device
+
+
+class FramePredictor(Protocol):
+    """What streams and tiles need of `predictor.FastPredictor`; see its attributes."""
+
+    device: torch.device
+    batch_sizes: Sequence[int]
+    image_size: tuple[int, int]
+    padding: bool
+    map_padding: int
+    threshold: float | None
+
+    def predict_frames(
+        self, frames: Sequence[Frame], *, map_size: str | None, batched: bool
+    ) -> Prediction:
+        """Score frames that `read_frame` gave."""
 
 
 def as_batch(source: Any) -> tuple[list[Any], bool]:

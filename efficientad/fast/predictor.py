@@ -17,6 +17,8 @@ from efficientad.fast.frame_inputs import Frame, as_batch, read_frames
 from efficientad.fast.options import choose_buckets, choose_dtype
 from efficientad.fast.runners import EagerRunner, GraphRunner, Result, Staging
 from efficientad.fast.self_check import build_backend
+from efficientad.fast.streaming import stream
+from efficientad.fast.tiling import DEFAULT_OVERLAP, predict_large
 from efficientad.model.detector import AnomalyOutput, EfficientAD
 from efficientad.ops import frame_path
 from efficientad.results.prediction import Prediction
@@ -92,11 +94,11 @@ class FastPredictor:
         check_calibration(self.dtype, calibration)
         self.batch_sizes = choose_buckets(batch_sizes, self.device)
         self.map_size = map_size
+        self.size, self.padding = detector.size, detector.padding
         self.image_size = detector.image_size
         self.map_padding = detector.map_padding
         self.score_size = detector.score_size
         self._frames, self._not_numbers = 0, set()
-        self._model = (detector.size, detector.padding)
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._wait_for_caller()
@@ -228,8 +230,6 @@ class FastPredictor:
         on_error: Callable[[int, Any, ImageError], None] | None = None,
     ) -> Iterator[Prediction]:
         """Predictions of frames as they come; see `streaming.stream`."""
-        from efficientad.fast.streaming import stream
-
         map_size = self.map_size if map_size == "default" else map_size
         check_map_size(map_size, MAP_SIZES)
         return stream(
@@ -237,11 +237,9 @@ class FastPredictor:
         )
 
     def predict_large(
-        self, source: Any, *, overlap: int = 48, batch: int | None = None
+        self, source: Any, *, overlap: int = DEFAULT_OVERLAP, batch: int | None = None
     ) -> Prediction:
         """One image at its full resolution, in overlapping tiles; see `tiling.predict_large`."""
-        from efficientad.fast.tiling import predict_large
-
         return predict_large(self, source, overlap=overlap, batch=batch)
 
     def reload(self, detector: EfficientAD) -> None:
@@ -258,7 +256,7 @@ class FastPredictor:
         rule = ("size, padding", "image_size", "map_padding", "score_size")
         theirs = ((detector.size, detector.padding), detector.image_size)
         theirs += (detector.map_padding, detector.score_size)
-        mine = (self._model, self.image_size, self.map_padding, self.score_size)
+        mine = ((self.size, self.padding), self.image_size, self.map_padding, self.score_size)
         for name, a, b in zip(rule, mine, theirs, strict=True):
             if a != b:
                 raise ValueError(

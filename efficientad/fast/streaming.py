@@ -7,24 +7,21 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from efficientad.data.images import ImageError, as_sources
-from efficientad.fast.frame_inputs import Frame, read_frame
+from efficientad.fast.frame_inputs import Frame, FramePredictor, read_frame
 from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import check_integer
-
-if TYPE_CHECKING:
-    from efficientad.fast.predictor import FastPredictor
 
 POLICIES = ("all", "latest")
 _WAIT = 0.1  # seconds between looks at whether the other side is still there
 
 
 def stream(
-    predictor: FastPredictor,
+    predictor: FramePredictor,
     sources: Iterable[Any],
     *,
     policy: str = "all",
@@ -94,7 +91,7 @@ def _stream(predictor, sources, policy, map_size, workers, on_error) -> Iterator
         feed.close()
 
 
-def _reading_stream(predictor: FastPredictor) -> contextlib.AbstractContextManager:
+def _reading_stream(predictor: FramePredictor) -> contextlib.AbstractContextManager:
     """The caller's CUDA stream for the thread that reads: frames that the iterator makes on the
     device are then ordered before the steps, which wait for that stream."""
     if predictor.device.type != "cuda":

@@ -15,17 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice, product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficientad.fast.frame_inputs import read_frame
+from efficientad.fast.frame_inputs import FramePredictor, read_frame
 from efficientad.model.networks import feature_size
 from efficientad.results.prediction import Prediction
-
-if TYPE_CHECKING:
-    from efficientad.fast.predictor import FastPredictor
 
 # Neighbouring maps' frames are 18 pixels each at 256, which leaves a ramp of 12.
 DEFAULT_OVERLAP = 48
@@ -144,7 +141,7 @@ def tiled_anomaly_map(
 
 @torch.no_grad()
 def predict_large(
-    predictor: FastPredictor,
+    predictor: FramePredictor,
     source: Any,
     *,
     overlap: int = DEFAULT_OVERLAP,
@@ -185,7 +182,7 @@ def predict_large(
     device, padding = predictor.device, predictor.map_padding
     axes = []
     for length, own in zip(size, tile, strict=True):
-        cells = feature_size(own, predictor._model[1])
+        cells = feature_size(own, predictor.padding)
         starts, weights = axis_weights(length, own, overlap, frame_pixels(own, cells, padding))
         axes.append(list(zip(starts, weights.float().to(device), strict=True)))
     blended = torch.zeros(size, device=device)
