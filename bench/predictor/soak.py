@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench import record
 from efficientad import EfficientAD, FastPredictor
-from efficientad.fast import backends
+from efficientad.fast.backends import TorchBackend
 from efficientad.model.agreement import BOUNDS
 from efficientad.model.synthetic import random_detector
 
@@ -37,13 +37,19 @@ GROWTH = 0.02  # of resident memory, from the first tenth to the end
 DAMAGED = 0.01  # share of frames
 
 
-class StubBackend(backends.TorchBackend):
+class StubBackend(TorchBackend):
     """Maps of the network's shape for the cost of a pooling."""
 
     def distance_maps(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         pooled = F.avg_pool2d(packed.permute(0, 3, 1, 2).float().abs(), 4)
         maps = pooled[:, :, 4:-4, 4:-4]
         return maps[:, 0].contiguous(), maps[:, 1].contiguous()
+
+
+class StubPredictor(FastPredictor):
+    """The predictor on `StubBackend`."""
+
+    torch_backend = StubBackend
 
 
 def judged_detector() -> EfficientAD:
@@ -98,10 +104,9 @@ def resident_bytes() -> int:
 
 def soak(frames: int, network: str, device: str, workers: int) -> dict[str, Any]:
     """Run it; returns what was counted and what was wrong, see the module's text."""
-    if network == "stub":
-        backends.TorchBackend = StubBackend
     options = {"dtype": "float32"} if device == "cpu" else {}
-    predictor = FastPredictor(judged_detector(), device=device, **options)
+    kind = StubPredictor if network == "stub" else FastPredictor
+    predictor = kind(judged_detector(), device=device, **options)
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         good = good_sources(Path(name))

@@ -85,7 +85,7 @@ def benchmark(
         device, dtype: of the predictor that is built from a detector.
 
     Returns:
-        Rows of kind "end_to_end", "frame", "peer" and "ratio"; see `benchmark_rows.row`. Accuracy
+        Rows of kind "end_to_end", "frame", "peer" and "ratio"; see `contenders.row`. Accuracy
         is that on arrays of the input size.
 
     Raises:

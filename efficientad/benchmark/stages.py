@@ -23,18 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from efficientad.benchmark.call_times import in_turn, summary
 from efficientad.benchmark.contenders import Row, row
 from efficientad.benchmark.end_to_end import CAMERA, DECODES, defaults, encoded, facts
+from efficientad.fast.engine import Engine
 from efficientad.fast.frame_inputs import read_frame
 from efficientad.fast.predictor import FastPredictor
 from efficientad.model.synthetic import frames as random_frames
-from efficientad.ops import frame_path
 from efficientad.utils.cuda_graphs import captured
 
 REPEATS = 20
@@ -54,8 +52,8 @@ def stages(
     Args:
         predictor: nothing else may use it meanwhile.
         batch: on CUDA one of its batch sizes, on a CPU at most the largest.
-        calls: of each stage; None: `benchmark.defaults`. At most 100 by the clock and 50 samples of
-            REPEATS by events.
+        calls: of each stage; None: `end_to_end.defaults`. At most 100 by the clock and 50 samples
+            of REPEATS by events.
         frame_size: (height, width) of the camera frame of the last stages; None leaves them out.
 
     Raises:
@@ -66,11 +64,12 @@ def stages(
         raise ValueError(f"batch is {batch}; the predictor has buffers for {list(sizes)}")
     options = defaults(predictor.device)
     calls = options["calls"] if calls is None else calls
-    measure = _cuda_stages if predictor.device.type == "cuda" else _cpu_stages
-    with predictor._lock, predictor._on_device(), torch.no_grad():
-        found = measure(predictor, batch, calls)
+    engine = predictor.engine
+    measure = _cpu_stages if engine.stream is None else _cuda_stages
+    with engine.lock, engine.on_device(), torch.no_grad():
+        found = measure(engine, batch, calls)
         if frame_size is not None:
-            found |= _frame_stages(predictor, frame_size, calls)
+            found |= _frame_stages(engine, frame_size, calls)
     shared = facts(predictor, None, batch)
     return [row("stage", name, **(shared | values)) for name, values in found.items()]
 
@@ -78,15 +77,15 @@ def stages(
 # ---- on a CPU --------------------------------------------------------------------------------
 
 
-def _cpu_stages(predictor: FastPredictor, batch: int, calls: int) -> dict[str, Row]:
-    backend, runner = predictor._backend, predictor._runner
-    frames = random_frames(batch, *predictor.image_size)
+def _cpu_stages(engine: Engine, batch: int, calls: int) -> dict[str, Row]:
+    backend, runner = engine.backend, engine.runner
+    frames = random_frames(batch, *engine.image_size)
     packed = runner.packed(batch)
     result = runner.run(batch)
 
     def fill() -> None:
         for place, frame in zip(packed, frames, strict=True):
-            _resize(predictor, frame, place)
+            engine.resize_pack(frame, place)
 
     def copy_out() -> None:
         result.score.clone().numpy(), result.anomaly_map.clone().numpy()
@@ -96,7 +95,7 @@ def _cpu_stages(predictor: FastPredictor, batch: int, calls: int) -> dict[str, R
             "frame path": fill,
             "networks": partial(backend.distance_maps, packed),
             "map": partial(
-                backend.anomaly_map, result.maps, predictor.image_size, predictor.map_padding, None
+                backend.anomaly_map, result.maps, engine.image_size, engine.map_padding, None
             ),
             "copy out": copy_out,
         },
@@ -114,28 +113,20 @@ def _by_clock(functions: dict[str, Callable], calls: int, images: int) -> dict[s
     }
 
 
-def _resize(predictor: FastPredictor, frame: Any, place: Tensor) -> None:
-    """A frame of any size to a packed image, as the predictor does it."""
-    backend = predictor._backend
-    mean, std = predictor._normalization
-    options = {"border": backend.border, "channels": backend.channels, "dtype": backend.dtype}
-    frame_path.resize_pack(frame, predictor.image_size, mean, std, **options, out=place)
-
-
 # ---- on CUDA ---------------------------------------------------------------------------------
 
 
-def _cuda_stages(predictor: FastPredictor, batch: int, calls: int) -> dict[str, Row]:
-    backend, runner = predictor._backend, predictor._runner
+def _cuda_stages(engine: Engine, batch: int, calls: int) -> dict[str, Row]:
+    backend, runner = engine.backend, engine.runner
     packed, on_device = runner.packed(batch), runner.frames(batch)
-    on_device.copy_(torch.from_numpy(random_frames(batch, *predictor.image_size)))
+    on_device.copy_(torch.from_numpy(random_frames(batch, *engine.image_size)))
     pinned = torch.empty(on_device.shape, dtype=torch.uint8, pin_memory=True)
     result = runner.run(batch, from_frames=True)
     maps = tuple(m.clone() for m in result.maps)
     anomaly_map, score = result.anomaly_map.clone(), result.score.clone()
-    arguments = (maps, predictor.image_size, predictor.map_padding, (anomaly_map, score))
-    stream = predictor._stream
-    captured = {
+    arguments = (maps, engine.image_size, engine.map_padding, (anomaly_map, score))
+    stream = engine.stream
+    in_graph = {
         "frame path": partial(backend.pack, on_device, packed, channels_last=True),
         "networks": partial(backend.distance_maps, packed),
         "map": partial(backend.anomaly_map, *arguments),
@@ -144,7 +135,7 @@ def _cuda_stages(predictor: FastPredictor, batch: int, calls: int) -> dict[str, 
         "graph": partial(runner.run, batch, from_frames=True),
         "copy in": partial(on_device.copy_, pinned, non_blocking=True),
     }
-    works = {name: _graph(function, stream) for name, function in captured.items()}
+    works = {name: _graph(function, stream) for name, function in in_graph.items()}
     works |= {name: partial(_repeat, function) for name, function in launched.items()}
     samples = max(1, min(calls, _SAMPLES))
     found = {name: _by_events(work, samples, batch) for name, work in works.items()}
@@ -190,22 +181,20 @@ def _by_events(work: Callable[[], object], samples: int, images: int) -> Row:
 # ---- camera frames ---------------------------------------------------------------------------
 
 
-def _frame_stages(
-    predictor: FastPredictor, frame_size: tuple[int, int], calls: int
-) -> dict[str, Row]:
+def _frame_stages(engine: Engine, frame_size: tuple[int, int], calls: int) -> dict[str, Row]:
     """Resizing and decoding of a camera frame; rows of batch 1."""
-    on_cuda = predictor.device.type == "cuda"
+    on_cuda = engine.device.type == "cuda"
     frame = random_frames(1, *frame_size)
-    place = predictor._runner.packed(1)[0]
+    place = engine.runner.packed(1)[0]
     on_host = torch.empty(place.shape, dtype=place.dtype, pin_memory=on_cuda)
     size = f"{frame_size[1]}x{frame_size[0]}"
-    functions = {f"resize {size}": partial(_resize, predictor, frame[0], on_host)}
+    functions = {f"resize {size}": partial(engine.resize_pack, frame[0], on_host)}
     for kind in DECODES:
         functions[f"decode {kind.upper()} {size}"] = partial(read_frame, encoded(frame, kind)[0])
     found = _by_clock(functions, calls, 1)
     if on_cuda:
-        there = torch.from_numpy(frame[0]).to(predictor.device)
-        work = _graph(partial(_resize, predictor, there, place), predictor._stream)
+        there = torch.from_numpy(frame[0]).to(engine.device)
+        work = _graph(partial(engine.resize_pack, there, place), engine.stream)
         samples = max(1, min(calls, _SAMPLES))
         found[f"resize {size} on the device"] = _by_events(work, samples, 1)
     extra = {"batch": 1, "frame_size": list(frame_size)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,18 +10,17 @@ import torch
 from torch import Tensor
 
 from efficientad.data.images import ImageError
-from efficientad.fast.fp8 import build_fp8, check_calibration
+from efficientad.fast.backends import TorchBackend
+from efficientad.fast.engine import Engine
+from efficientad.fast.fp8 import check_calibration
 from efficientad.fast.frame_inputs import Frame, as_batch, read_frames
 from efficientad.fast.options import choose_buckets, choose_dtype
-from efficientad.fast.runners import EagerRunner, GraphRunner, Result, Staging
-from efficientad.fast.self_check import build_backend
 from efficientad.fast.streaming import stream
 from efficientad.fast.tiling import DEFAULT_OVERLAP, predict_large
 from efficientad.model.detector import AnomalyOutput, EfficientAD
-from efficientad.ops import frame_path
 from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import check_detector, check_map_size, check_threshold
-from efficientad.utils.devices import FP8, choose_device
+from efficientad.utils.devices import choose_device
 
 MAP_SIZES = ("input", "source", "feature", None)
 
@@ -65,12 +62,17 @@ class FastPredictor:
         threshold: by which predictions are judged; the detector's, and may be set at any time.
         facts: device, dtype, backend, the reason if the kernels are not used, fp8's layers and its
             `fp8.Fp8Check` or None, and the seconds that construction took.
+        device, dtype, batch_sizes, map_size: as chosen. size, padding, image_size, map_padding,
+            score_size: the detector's.
+        engine: what computes, see `engine.Engine`.
 
     Raises:
         UncalibratedError: the detector has no statistics or quantiles.
         ValueError: arguments out of range; float16 on a CPU; a CUDA device where there is none;
             float8_e4m3fn where it cannot be computed in, without images, or not close enough.
     """
+
+    torch_backend: type[TorchBackend] = TorchBackend  # a subclass may compute something lighter
 
     def __init__(
         self,
@@ -99,32 +101,15 @@ class FastPredictor:
         self.map_padding = detector.map_padding
         self.score_size = detector.score_size
         self._frames, self._not_numbers = 0, set()
-        self._lock = threading.Lock()
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._wait_for_caller()
-        with self._on_device(), torch.no_grad():
-            largest, reason, fp8 = self.batch_sizes[-1], None, None
-            if self.dtype == FP8:
-                arguments = (detector, calibration, fp8_layers, self.device, self.batch_sizes)
-                self._backend, detector, fp8 = build_fp8(*arguments)
-            else:
-                arguments = (detector, self.dtype, self.device, backend, self.batch_sizes)
-                self._backend, reason = build_backend(*arguments)
-            self.threshold = detector.threshold
-            self._normalization = _normalization(detector)
-            arguments = (self._backend, self.image_size, self.map_padding)
-            if self._stream is None:
-                self._runner, self._staging = EagerRunner(*arguments, largest), None
-            else:
-                self._runner = GraphRunner(*arguments, self.batch_sizes, self._stream)
-                self._staging = Staging(self._runner.packed(largest), self._runner.frames(largest))
-                self._compile_map_sizes()
+        options = {"kind": backend, "calibration": calibration, "fp8_layers": fp8_layers}
+        options["torch_backend"] = self.torch_backend
+        self.engine = Engine(detector, self.device, self.dtype, self.batch_sizes, **options)
         self.facts = {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "backend": self._backend.name,
-            "reason": reason,
-            "fp8": fp8,
+            "backend": self.engine.backend.name,
+            "reason": self.engine.reason,
+            "fp8": self.engine.fp8,
             "construction_seconds": round(time.perf_counter() - start, 3),
         }
 
@@ -162,17 +147,8 @@ class FastPredictor:
         """As `__call__`, of frames that `frame_inputs.read_frame` gave."""
         frames = [f.to(self.device) if isinstance(f, Tensor) else f for f in frames]
         sizes = [tuple(frame.shape[:2]) for frame in frames]
-        scores, maps = [], []
-        with self._step(frames) as hand_over:
-            at = 0
-            for bucket, images in self._chunks(len(frames)):
-                result = self._run(frames[at : at + images], bucket)
-                score, chunk = self._take(result, images, sizes[at : at + images], map_size)
-                scores.append(score)
-                maps.extend(chunk)
-                at += images
-            score = scores[0] if len(scores) == 1 else torch.cat(scores)
-            anomaly_map = _joined(maps)
+        with self.engine.step(frames) as hand_over:
+            score, anomaly_map = self.engine.score_frames(frames, map_size)
             hand_over(score, anomaly_map)
             serial = self._serial(len(frames), score)
         numbers = {"serial": serial, "not_numbers": self._not_numbers}
@@ -201,24 +177,11 @@ class FastPredictor:
             raise ValueError(f"images have dtype {images.dtype}; they must be float in 0..1")
         if not len(images):
             raise ValueError("the batch is empty; give at least one image")
-        parts = []
-        with self._step([images]) as hand_over:
-            at = 0
-            for bucket, count in self._chunks(len(images)):
-                part = images[at : at + count].to(self.device, torch.float32)
-                packed = self._runner.packed(bucket)
-                self._backend.pack(part, packed[:count], channels_last=False)
-                result = self._runner.run(bucket)
-                st, ae = (m[..., :count, :, :] for m in result.maps)
-                if st.dim() == 4:
-                    st, ae = st.sum(0), ae.sum(0)
-                one = (result.score[:count], result.anomaly_map[:count], st, ae)
-                parts.append([t.float().clone() for t in one])
-                at += count
-            joined = [torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True)]
-            hand_over(*joined)
-            self._serial(len(images), joined[0])
-        return AnomalyOutput(*joined)
+        with self.engine.step([images]) as hand_over:
+            found = self.engine.score_images(images)
+            hand_over(*found)
+            self._serial(len(images), found[0])
+        return AnomalyOutput(*found)
 
     def stream(
         self,
@@ -262,23 +225,16 @@ class FastPredictor:
                 raise ValueError(
                     f"the detector has {name} {b} and the predictor {a}; build a new predictor"
                 )
-        with self._lock:
-            self._wait_for_caller()
-            with self._on_device():
-                self._backend.reload(detector)
-                self._normalization = _normalization(detector)
-                self.threshold = detector.threshold
-                if self._stream is not None:  # the caller may free or change the detector now
-                    self._stream.synchronize()
+        self.engine.reload(detector)
 
     @property
     def threshold(self) -> float | None:
         """A finite number, or None: by which predictions are judged from the next call on."""
-        return self._threshold
+        return self.engine.threshold
 
     @threshold.setter
     def threshold(self, value: float | None) -> None:
-        self._threshold = check_threshold(value)
+        self.engine.threshold = check_threshold(value)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -294,141 +250,13 @@ class FastPredictor:
 
         On a CPU 0: torch does not count there.
         """
-        return torch.cuda.max_memory_reserved(self.device) if self._stream is not None else 0
-
-    # ---- steps -------------------------------------------------------------------------------
-
-    def _on_device(self) -> contextlib.AbstractContextManager:
-        """The predictor's device and stream, whatever is current."""
-        if self._stream is None:
-            return contextlib.nullcontext()
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.cuda.device(self.device))
-        stack.enter_context(torch.cuda.stream(self._stream))
-        return stack
-
-    def _wait_for_caller(self) -> None:
-        """What follows on the predictor's stream comes after what the caller has submitted."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-
-    def _compile_map_sizes(self) -> None:
-        """Make the maps of other sizes once, so that the first call for one compiles nothing."""
-        small, large = self.image_size, (1024, 1024)  # a kernel's two tiles
-        for bucket in {self.batch_sizes[0], self.batch_sizes[-1]}:
-            result = self._runner.run(bucket)
-            self._take(result, 1, [small], "feature")
-            self._take(result, 1, [large], "source")
-            self._take(result, 1, [small], "source")
-
-    @contextlib.contextmanager
-    def _step(self, inputs: Sequence[Any]) -> Iterator[Callable[..., None]]:
-        """One step at a time, on the predictor's device and stream, ordered behind the caller's
-        work on device inputs. Yields a function that hands the results to the caller's stream."""
-        if self._stream is None:
-            with self._lock:
-                yield lambda *results: None
-            return
-        caller = torch.cuda.current_stream(self.device)
-        on_device = [v for v in inputs if isinstance(v, Tensor) and v.is_cuda]
-        with self._lock, self._on_device():
-            if on_device:
-                self._stream.wait_stream(caller)
-            for value in on_device:
-                value.record_stream(self._stream)
-
-            def hand_over(*results: Any) -> None:
-                caller.wait_stream(self._stream)
-                for value in results:
-                    for tensor in value if isinstance(value, list) else [value]:
-                        if tensor is not None:
-                            tensor.record_stream(caller)
-
-            yield hand_over
-
-    def _chunks(self, images: int) -> Iterator[tuple[int, int]]:
-        """(bucket, images) per step. A CPU pads nothing: there an idle image costs full time."""
-        while images:
-            fitting = [b for b in self.batch_sizes if b <= images]
-            if images >= self.batch_sizes[-1] or (self._stream is None and fitting):
-                bucket = fitting[-1]
-            elif self._stream is None:
-                bucket = images
-            else:
-                bucket = next(b for b in self.batch_sizes if b >= images)
-            count = min(bucket, images)
-            yield bucket, count
-            images -= count
-
-    def _run(self, frames: Sequence[Frame], bucket: int) -> Result:
-        """Fill the input of a bucket and run it."""
-        if self._staging is not None:
-            own_size = all(tuple(f.shape[:2]) == self.image_size for f in frames)
-            fill = self._staging.fill_frames if own_size else self._staging.fill_packed
-            fill(frames, *self._normalization, self._backend.border)
-            return self._runner.run(bucket, from_frames=own_size)
-        packed = self._runner.packed(bucket)
-        mean, std = self._normalization
-        for place, frame in zip(packed, frames, strict=False):
-            frame_path.resize_pack(
-                frame, self.image_size, mean, std, border=self._backend.border,
-                channels=self._backend.channels, dtype=self._backend.dtype, out=place,
-            )  # fmt: skip
-        return self._runner.run(bucket)
-
-    def _take(
-        self, result: Result, images: int, sizes: list[tuple[int, int]], map_size: str | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Copies of the scores (images,) and the maps asked for, each (k, h, w) of k images."""
-        maps = []
-        if map_size == "input" and self.score_size == "input" and result.joined is not None:
-            score, anomaly_map = result.split(result.joined.clone())
-            return score[:images], [anomaly_map[:images]]
-        score = result.score[:images].clone()
-        if map_size == "input":
-            maps.append(result.anomaly_map[:images].clone())
-        if map_size == "feature":
-            whole = self._backend.anomaly_map(
-                result.maps, tuple(result.maps[0].shape[-2:]), 0, None
-            )
-            maps.append(whole[0][:images].float())
-        if map_size == "source" or self.score_size == "source":
-            score = score.clone()
-            for i, size in enumerate(sizes):
-                one = tuple(_own_copy(m[..., i : i + 1, :, :]) for m in result.maps)
-                own, best = self._backend.anomaly_map(one, size, self.map_padding, None)
-                if map_size == "source":
-                    maps.append(own.float())
-                if self.score_size == "source":
-                    score[i] = best[0]
-        return score, maps
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def _serial(self, images: int, score: Tensor) -> int:
         """Number of the first of these images since construction; counts those that are NaN."""
         serial = self._frames
         self._frames += images
-        if self._stream is None:
+        if self.device.type == "cpu":
             where = torch.nonzero(score.isnan()).flatten()
             self._not_numbers.update((serial + where).tolist())
         return serial
-
-
-def _own_copy(part: Tensor) -> Tensor:
-    """Contiguous and aligned, where a view may be neither and would compile another kernel."""
-    return part.clone(memory_format=torch.contiguous_format)
-
-
-def _joined(maps: list[Tensor]) -> Any:
-    """Maps (k, h, w) as one tensor (N, h, w), or as a list of (h, w) where sizes differ."""
-    if not maps:
-        return None
-    if len(maps) == 1:
-        return maps[0]
-    if len({tuple(m.shape[1:]) for m in maps}) == 1:
-        return torch.cat(maps)
-    return [one for m in maps for one in m]
-
-
-def _normalization(detector: EfficientAD) -> tuple[list[float], list[float]]:
-    mean, std = detector.image_mean, detector.image_std
-    return mean.flatten().tolist(), std.flatten().tolist()

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientad.fast import backends
-from efficientad.fast.backends import Backend, Fp8Backend
+from efficientad.fast.backends import Backend, Fp8Backend, KernelBackend, TorchBackend
 from efficientad.fast.options import unsafe_compiler
 from efficientad.model.agreement import BOUNDS, difference, scale_of, worst
 from efficientad.model.detector import EfficientAD
@@ -34,6 +33,7 @@ def build_backend(
     device: torch.device,
     kind: str,
     buckets: Sequence[int],
+    torch_backend: type[TorchBackend] = TorchBackend,
 ) -> tuple[Backend, str | None]:
     """The backend to predict with, and why it is not the kernels where it might have been.
 
@@ -41,6 +41,7 @@ def build_backend(
         kind: "triton", "torch" or "auto": the kernels on CUDA devices from sm_80 on in half
             precision, if they compile and pass the numerical self-check, else torch.
         buckets: the batch sizes.
+        torch_backend: the class of the folded torch network, here and in the self-check.
     """
     if kind not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {kind!r}; it must be 'auto', 'triton' or 'torch'")
@@ -48,16 +49,16 @@ def build_backend(
         reason = None
         if device.type == "cuda" and kind == "auto":
             reason = "the device is older than sm_80, or EFFICIENTAD_BACKEND says torch"
-        return backends.TorchBackend(detector, dtype, device), reason
+        return torch_backend(detector, dtype, device), reason
     if dtype == torch.float32:
         if kind == "triton":
             raise ValueError("backend is 'triton' and dtype is float32; use float16 or bfloat16")
-        return backends.TorchBackend(detector, dtype, device), None
+        return torch_backend(detector, dtype, device), None
     problem = unsafe_compiler(device)
     try:
         if problem is None:
-            backend = backends.KernelBackend(detector, dtype, device)
-            problem = self_check(backend, detector, buckets)
+            backend = KernelBackend(detector, dtype, device)
+            problem = self_check(backend, detector, buckets, torch_backend)
     except Exception as error:  # whatever Triton or the driver raises, the line must go on
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if problem is None:
@@ -67,13 +68,18 @@ def build_backend(
     warnings.warn(
         f"the Triton kernels are not used on {device}: {problem}. The predictor runs the folded "
         "torch network in its place: same results, slower",
-        stacklevel=3,
+        stacklevel=4,  # of whoever builds the predictor
     )
-    return backends.TorchBackend(detector, dtype, device), problem
+    return torch_backend(detector, dtype, device), problem
 
 
 @torch.no_grad()
-def self_check(backend: Backend, detector: EfficientAD, buckets: Sequence[int]) -> str | None:
+def self_check(
+    backend: Backend,
+    detector: EfficientAD,
+    buckets: Sequence[int],
+    torch_backend: type[TorchBackend] = TorchBackend,
+) -> str | None:
     """Compare the backend's maps with the float32 network's on a built-in image, at every bucket.
 
     A bucket has kernels of its own, and so have float images and frames. On a CUDA device further
@@ -90,7 +96,8 @@ def self_check(backend: Backend, detector: EfficientAD, buckets: Sequence[int]) 
     if isinstance(backend, Fp8Backend):
         expected, bounds = backend.definition(levels.float() / 255), BOUNDS[FP8]
     else:
-        expected, bounds = _exact(backend, detector, levels), BOUNDS[backend.dtype]
+        exact = torch_backend(detector, torch.float32, backend.device)
+        expected, bounds = _exact(exact, detector, levels), BOUNDS[backend.dtype]
     for images in sorted(buckets, reverse=True):
         problem = _check_bucket(
             backend, detector, levels.expand(images, -1, -1, -1), expected, bounds
@@ -100,10 +107,9 @@ def self_check(backend: Backend, detector: EfficientAD, buckets: Sequence[int]) 
     return None
 
 
-def _exact(backend: Backend, detector: EfficientAD, levels: Tensor) -> tuple[Tensor, Tensor]:
+def _exact(exact: TorchBackend, detector: EfficientAD, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Map and score by the folded torch network in float32."""
-    exact = backends.TorchBackend(detector, torch.float32, backend.device)
-    plain = torch.empty((1, *levels.shape[2:], 3), device=backend.device)
+    plain = torch.empty((1, *levels.shape[2:], 3), device=exact.device)
     exact.pack(levels.float() / 255, plain, channels_last=False)
     maps = exact.distance_maps(plain)
     return exact.anomaly_map(maps, detector.image_size, detector.map_padding, None)

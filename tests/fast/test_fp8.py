@@ -92,7 +92,7 @@ def test_a_plain_detector_is_accepted(predictor):
 def test_quantiles_and_threshold_are_those_of_the_fp8_maps(predictor, maps, model):
     levels = (0.9, 0.995)
     expected = [np.quantile(m.numpy(), q) for m in (maps.map_st, maps.map_ae) for q in levels]
-    a_st, a_ae, offset, _ = predictor._backend.weights.affine.tolist()
+    a_st, a_ae, offset, _ = predictor.engine.backend.weights.affine.tolist()
     for a, (qa, qb) in ((a_st, expected[:2]), (a_ae, expected[2:])):
         assert a == pytest.approx(0.05 / (qb - qa), rel=1e-4)
     assert offset == pytest.approx(-a_st * expected[0] - a_ae * expected[2], rel=1e-4)
@@ -110,7 +110,7 @@ def test_the_maps_are_fp8_ones_and_the_users_detector_is_not_touched(
         assert 1e-4 < error < 0.1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.threshold == 0.08
-    assert not torch.allclose(predictor._backend.weights.affine, model.affine, rtol=1e-4)
+    assert not torch.allclose(predictor.engine.backend.weights.affine, model.affine, rtol=1e-4)
 
 
 def test_a_frame_through_the_predictor(predictor, maps):
@@ -125,10 +125,10 @@ def test_a_damaged_image_has_no_score(predictor, images):
 
 
 def test_another_detector_needs_another_predictor(predictor, model):
-    kept = [t.float() for t in predictor._backend.weights.tensors()]
+    kept = [t.float() for t in predictor.engine.backend.weights.tensors()]
     with pytest.raises(ValueError, match="build a new predictor with calibration images"):
         predictor.reload(model)
-    tensors = predictor._backend.weights.tensors()
+    tensors = predictor.engine.backend.weights.tensors()
     assert all(torch.equal(a, b.float()) for a, b in zip(kept, tensors, strict=True))
     assert predictor.threshold != model.threshold
 
@@ -137,7 +137,7 @@ def test_maps_that_are_not_finite_are_refused(predictor, images):
     damaged = images[:1].clone()
     damaged[0, 0, 100, 100] = math.nan
     with pytest.raises(Fp8Error, match="not finite in float8_e4m3fn"):
-        fp8._fp8_maps(predictor._backend, damaged)
+        fp8._fp8_maps(predictor.engine.backend, damaged)
 
 
 def test_a_detector_without_a_threshold_gets_none(model):

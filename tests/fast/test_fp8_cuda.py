@@ -64,7 +64,7 @@ def test_graphs_equal_the_definition(size, padding, layers, cuda, good, monkeypa
     )  # fmt: skip
     found = predictor.detect(images(3))
     with torch.no_grad():
-        parts = [predictor._backend.definition(image[None].to(cuda)) for image in images(3)]
+        parts = [predictor.engine.backend.definition(image[None].to(cuda)) for image in images(3)]
     expected = torch.cat([anomaly_map for anomaly_map, _ in parts])
     scale = max(0.1, float(expected.abs().max()))
     largest, rms = BOUNDS[FP8]
@@ -75,7 +75,7 @@ def test_graphs_equal_the_definition(size, padding, layers, cuda, good, monkeypa
 
 
 def test_replay_equals_eager(predictor):
-    backend = predictor._backend
+    backend = predictor.engine.backend
     for seed in range(50):
         batch = images(4, seed)
         packed = torch.empty((4, 256, 256, 4), dtype=torch.float16, device=predictor.device)
@@ -91,7 +91,7 @@ def test_replay_equals_eager(predictor):
 
 def test_quantiles_are_those_of_the_fp8_maps(predictor):
     maps = predictor.detect(images(16, seed=41))
-    a_st, a_ae, *_ = predictor._backend.weights.affine.tolist()
+    a_st, a_ae, *_ = predictor.engine.backend.weights.affine.tolist()
     levels = torch.tensor([0.9, 0.995], dtype=torch.float64)
     for a, values in ((a_st, maps.map_st), (a_ae, maps.map_ae)):
         qa, qb = torch.quantile(values.double().flatten().cpu(), levels).tolist()

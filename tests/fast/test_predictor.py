@@ -17,7 +17,8 @@ from PIL import Image
 
 import efficientad as ead
 from efficientad.data.images import ImageError, resize_image, to_tensor
-from efficientad.fast import backends, self_check
+from efficientad.fast import self_check
+from efficientad.fast.backends import TorchBackend
 from efficientad.fast.frame_inputs import read_frame
 from efficientad.fast.options import choose_dtype
 from efficientad.fast.predictor import FastPredictor
@@ -34,7 +35,7 @@ def model() -> ead.EfficientAD:
     return model
 
 
-class Light(backends.TorchBackend):
+class Light(TorchBackend):
     """In the network's place where a test is not about it: distances are local brightness."""
 
     def distance_maps(self, packed):
@@ -44,12 +45,14 @@ class Light(backends.TorchBackend):
         return maps[:, 0].contiguous(), maps[:, 1].contiguous()
 
 
+class LightPredictor(FastPredictor):
+    torch_backend = Light
+
+
 @pytest.fixture(scope="module")
 def predictor(model) -> FastPredictor:
     """A light one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "TorchBackend", Light)
-        return FastPredictor(model, device="cpu", dtype="float32")
+    return LightPredictor(model, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +166,8 @@ def test_results_do_not_alias_the_buffers(predictor):
     assert torch.equal(first.anomaly_map, kept[1])
 
 
-def test_the_threshold_is_a_number_that_can_be_changed(model, monkeypatch):
-    monkeypatch.setattr(backends, "TorchBackend", Light)
-    predictor = FastPredictor(model, device="cpu", dtype="float32")
+def test_the_threshold_is_a_number_that_can_be_changed(model):
+    predictor = LightPredictor(model, device="cpu", dtype="float32")
     frame = helpers.frames(1)[0]
     score = float(predictor(frame).score)
     for threshold, verdict in ((score + 0.01, False), (score, False), (score - 0.01, True)):
@@ -329,22 +331,22 @@ class _Wrong(Light):
 def test_kernels_that_cannot_be_used_are_replaced(kernels, reason, model, monkeypatch):
     """As on a GPU where they do not compile or compute something else."""
     monkeypatch.setattr(self_check, "choose_backend", lambda device: "triton")
-    monkeypatch.setattr(backends, "KernelBackend", kernels)
-    monkeypatch.setattr(backends, "TorchBackend", Light)
+    monkeypatch.setattr(self_check, "KernelBackend", kernels)
     with pytest.warns(UserWarning, match=reason) as caught:
-        predictor = FastPredictor(model, device="cpu", dtype="bfloat16")
+        predictor = LightPredictor(model, device="cpu", dtype="bfloat16")
     assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert type(predictor.engine.backend) is Light
     assert predictor.facts["backend"] == "folded torch network"
     assert reason in predictor.facts["reason"]
     assert torch.isfinite(predictor(helpers.frames(1)[0]).score)
     with pytest.raises(ValueError, match=f"backend is 'triton'.*{reason}"):
-        FastPredictor(model, device="cpu", dtype="float16", backend="triton")
+        LightPredictor(model, device="cpu", dtype="float16", backend="triton")
 
 
-def test_a_sound_backend_passes_the_self_check(model, monkeypatch):
-    monkeypatch.setattr(backends, "TorchBackend", Light)
+def test_a_sound_backend_passes_the_self_check(model):
     backend = Light(model, torch.bfloat16, torch.device("cpu"))
-    assert self_check.self_check(backend, model, (1, 3)) is None
+    assert self_check.self_check(backend, model, (1, 3), Light) is None
 
 
 class _WrongAtTwo(Light):
@@ -391,10 +393,9 @@ class _Unsteady(Light):
     ],
 )
 def test_the_self_check_sees_every_bucket_frames_and_races(kernels, problem, model, monkeypatch):
-    monkeypatch.setattr(backends, "TorchBackend", Light)
     monkeypatch.setattr(self_check, "repeats", lambda device: 2)
     backend = kernels(model, torch.bfloat16, torch.device("cpu"))
-    assert re.search(problem, self_check.self_check(backend, model, (1, 2, 4)))
+    assert re.search(problem, self_check.self_check(backend, model, (1, 2, 4), Light))
 
 
 def test_a_callers_autocast_changes_nothing(model, monkeypatch):
@@ -463,10 +464,9 @@ def test_border_rules(border, padding):
     assert (found.score - score).abs().max() <= 1e-6 * scale(anomaly_map)
 
 
-def test_the_score_at_source_size(model, monkeypatch):
-    monkeypatch.setattr(backends, "TorchBackend", Light)
+def test_the_score_at_source_size():
     other = helpers.detector("S", score_size="source")
-    predictor = FastPredictor(other, device="cpu", dtype="float32")
+    predictor = LightPredictor(other, device="cpu", dtype="float32")
     frames = [helpers.frames(1, 256, 256)[0], helpers.frames(1, 300, 500, seed=2)[0]]
     found = predictor(frames)
     for i, map_size in enumerate(("input", None)):

@@ -27,7 +27,7 @@ def noise(n: int, seed: int = 0) -> np.ndarray:
 
 def eager(predictor: FastPredictor, frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(anomaly map, score) of the predictor's backend, launched one by one."""
-    backend = predictor._backend
+    backend = predictor.engine.backend
     image = torch.from_numpy(frames).to(predictor.device)
     height, width = (length + 2 * backend.border for length in predictor.image_size)
     shape = (len(frames), height, width, backend.channels)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import efficientad as ead
-from efficientad.fast import backends
+from efficientad.fast.backends import TorchBackend
 from efficientad.fast.predictor import FastPredictor
 from efficientad.fast.tiling import (
     axis_weights,
@@ -29,7 +29,7 @@ TILE = (256, 256)
 FRAME = (18, 18)
 
 
-class Light(backends.TorchBackend):
+class Light(TorchBackend):
     """In the network's place where a test is not about it: distances are local brightness."""
 
     most = 0  # tiles held at once
@@ -42,10 +42,12 @@ class Light(backends.TorchBackend):
         return maps[:, 0].contiguous(), maps[:, 1].contiguous()
 
 
+class LightPredictor(FastPredictor):
+    torch_backend = Light
+
+
 def light(model: ead.EfficientAD, **options) -> FastPredictor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "TorchBackend", Light)
-        return FastPredictor(model, device="cpu", dtype="float32", **options)
+    return LightPredictor(model, device="cpu", dtype="float32", **options)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +276,7 @@ def test_nan_in_any_tile_is_a_nan_score(predictor, monkeypatch):
                 st[0, 0, 0] = torch.nan  # in the frame of an inner edge: its weight is 0
             return st, ae
 
-    monkeypatch.setattr(predictor._backend, "__class__", Broken)
+    monkeypatch.setattr(predictor.engine.backend, "__class__", Broken)
     found = predict_large(predictor, picture(256, 600)).cpu()
     assert Broken.calls > 2
     assert np.isnan(found.score)
