@@ -28,9 +28,14 @@ from bench import record
 from efficientad import EfficientAD
 from efficientad.data.images import find_images, read_image, resize_image, to_tensor
 from efficientad.demo.parts import write_dataset
-from efficientad.training.augment import augmented, penalty_photo
 from efficientad.training.losses import learning_rate
-from efficientad.training.pictures import Photos, PictureSource, TrainingImages
+from efficientad.training.pictures import (
+    Photos,
+    PictureSource,
+    TrainingImages,
+    augmented,
+    penalty_photo,
+)
 from efficientad.training.settings import Settings
 from efficientad.training.trainer import Trainer
 from efficientad.utils.prefetch import ahead

@@ -32,9 +32,10 @@ from efficientad.training.settings import (
     TrainingStopped,
     check_data,
     check_files,
+    choose_dtype,
+    determinism,
 )
 from efficientad.training.trainer import Trainer
-from efficientad.training.training_device import choose_dtype, determinism
 from efficientad.utils.checks import check_flag, check_integer, check_number, check_path
 from efficientad.utils.devices import choose_device
 from efficientad.utils.files import write_text

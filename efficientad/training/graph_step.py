@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from efficientad.training.training_step import StepInputs
+from efficientad.training.losses import StepInputs
 from efficientad.utils.cuda_graphs import captured
 
 _WARM_UP = 3  # eager steps before the capture: libraries choose and load their kernels

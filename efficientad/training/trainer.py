@@ -22,11 +22,16 @@ from torch import Tensor
 from efficientad.data.images import ImageError
 from efficientad.model.calibration import ChannelStatistics, Progress
 from efficientad.model.detector import EfficientAD
-from efficientad.training import losses
 from efficientad.training.graph_step import GraphStep
+from efficientad.training.losses import (
+    TERMS,
+    StepInputs,
+    learning_rate,
+    step_losses,
+    teacher_features,
+)
 from efficientad.training.pictures import Pictures, PictureSource, to_rgb
 from efficientad.training.settings import Settings, TrainingError, TrainingStopped
-from efficientad.training.training_step import TERMS, StepInputs, step_losses, teacher_features
 from efficientad.utils.prefetch import ahead
 from efficientad.utils.run_state import load_state, optimizer_tensors, restore_optimizer, save_state
 from efficientad.utils.sampling import random_numbers
@@ -189,7 +194,7 @@ class Trainer:
             None if pictures.photo is None else to_rgb(pictures.photo, self.device),
             torch.cat([self._teacher(i, image[k : k + 1]) for k, i in enumerate(pictures.indices)]),
         )
-        rate = losses.learning_rate(self.step, s.steps, s.learning_rate)
+        rate = learning_rate(self.step, s.steps, s.learning_rate)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -242,7 +247,7 @@ class Trainer:
                 f"a loss is not finite by step {self.step} ({shown}); the last checkpoint is older"
             )
         s = self.settings
-        rate = losses.learning_rate(self.step - 1, s.steps, s.learning_rate)
+        rate = learning_rate(self.step - 1, s.steps, s.learning_rate)
         self._sums.zero_()
         self._summed = 0
         return {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientad.training.augment import (
+from efficientad.training.pictures import (
     OPERATIONS,
     augmented,
     center_crop,

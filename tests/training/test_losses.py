@@ -8,7 +8,7 @@ import torch
 from helpers_training import thin_detector
 
 from efficientad.training import losses
-from efficientad.training.training_step import StepInputs, step_losses
+from efficientad.training.losses import StepInputs, step_losses
 
 CELLS = 384 * 56 * 56
 

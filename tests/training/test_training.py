@@ -25,9 +25,9 @@ from efficientad.data.layouts import open_dataset
 from efficientad.model.networks import PDN
 from efficientad.training import fitting as training
 from efficientad.training.fitting import TrainingError, fit
+from efficientad.training.losses import StepInputs, step_losses
 from efficientad.training.settings import Settings, TrainingStopped
 from efficientad.training.trainer import Trainer
-from efficientad.training.training_step import StepInputs, step_losses
 from efficientad.utils import run_state
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers_training import thin_trainer, write_pictures
 
 from efficientad.training import trainer as trainer_module
-from efficientad.training.training_device import determinism
+from efficientad.training.settings import determinism
 
 STEPS = 6
 
