@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efficientad.fast import folding
+from efficientad.fast.folding import exact_last, exact_layers
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN_LAYERS, TEACHER_CHANNELS, decoder_sizes
 from efficientad.ops import compiled_conv
@@ -132,32 +132,16 @@ def _mean_square(difference: Tensor) -> Tensor:
     return norm.square_().div_(difference.shape[1])
 
 
-@torch.no_grad()
 def _folded_tensors(detector: EfficientAD) -> dict[str, Tensor]:
     """Weights and biases in float64, OIHW, by the name of the buffer that holds them."""
-    tensors = {}
-    for name, network in (("teacher", detector.teacher), ("student", detector.student)):
-        for i in range(1, len(PDN_LAYERS[detector.size])):
-            tensors |= _layer(f"{name}{i}", getattr(network, f"conv{i}"))
-    for i in range(1, 7):
-        tensors |= _layer(f"enconv{i}", getattr(detector.autoencoder.encoder, f"enconv{i}"))
-    decoder = detector.autoencoder.decoder
-    for i in range(1, 8):
-        tensors |= _layer(f"deconv{i}", getattr(decoder, f"deconv{i}"))
-    weight, bias = folding.normalized_teacher(detector)
-    last = folding.last_conv(detector.student)
-    student_weight, student_bias = last.weight.double(), last.bias.double()
+    layers = exact_layers(detector)
+    teacher, student, autoencoder, bias = exact_last(detector)
     c = TEACHER_CHANNELS
-    tensors["st_weight"] = torch.cat([weight, -student_weight[:c]], dim=1)
-    tensors["st_bias"] = bias - student_bias[:c]
-    tensors["ae_weight"] = -student_weight[c:]
-    tensors["ae_bias"] = decoder.deconv8.bias.double() - student_bias[c:]
-    tensors["deconv8_weight"] = decoder.deconv8.weight.double()
-    return tensors
-
-
-def _layer(name: str, conv: nn.Conv2d) -> dict[str, Tensor]:
-    return {f"{name}_weight": conv.weight.double(), f"{name}_bias": conv.bias.double()}
+    layers["st"] = torch.cat([teacher, student[:c]], dim=1), bias[:c]
+    layers["ae"] = student[c:], bias[c:]
+    tensors = {f"{name}_weight": weight for name, (weight, _) in layers.items()}
+    tensors |= {f"{name}_bias": bias for name, (_, bias) in layers.items()}
+    return tensors | {"deconv8_weight": autoencoder}
 
 
 class NativeNetwork:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN_LAYERS
@@ -98,63 +98,75 @@ def fold(
     wide = torch.promote_types(dtype, torch.float32)
 
     def filters(weight: Tensor, channels: int = 0) -> Tensor:
-        weight = weight.double().permute(0, 2, 3, 1)
+        weight = weight.permute(0, 2, 3, 1)
         weight = F.pad(weight, (0, max(channels - weight.shape[3], 0)))
         return weight.to(device, dtype, copy=True).contiguous()
 
     def vector(value: Tensor) -> Tensor:
         return value.detach().double().flatten().to(device, wide, copy=True)
 
-    def layer(conv: nn.Conv2d, channels: int = 0) -> Layer:
-        return filters(conv.weight, channels), vector(conv.bias)
+    exact = exact_layers(detector)
 
-    networks = (detector.teacher, detector.student)
-    layers = PDN_LAYERS[detector.size]
+    def layer(name: str, channels: int = 0) -> Layer:
+        weight, bias = exact[name]
+        return filters(weight, channels), vector(bias)
+
     trunk = []
-    for i, row in enumerate(layers[:-1], start=1):
-        convs = [getattr(network, f"conv{i}") for network in networks]
+    for i, row in enumerate(PDN_LAYERS[detector.size][:-1], start=1):
+        pair = [exact[f"teacher{i}"], exact[f"student{i}"]]
         # The first layer keeps its quarter: `pack` feeds it, and 3 channels leave room to spare.
         quarter = 0.25 if row.pool and i > 1 else 1.0
-        weights = [filters(c.weight * quarter, 4 if i == 1 else 0) for c in convs]
-        trunk.append((consecutive(weights), consecutive([vector(c.bias * quarter) for c in convs])))
-    encoder, decoder = detector.autoencoder.encoder, detector.autoencoder.decoder
+        weights = [filters(weight * quarter, 4 if i == 1 else 0) for weight, _ in pair]
+        trunk.append((consecutive(weights), consecutive([vector(b * quarter) for _, b in pair])))
+    *last, bias = exact_last(detector)
     return FoldedWeights(
         image_mean=vector(detector.image_mean),
         image_std=vector(detector.image_std),
         trunk=trunk,
-        encoder=[layer(getattr(encoder, f"enconv{i}"), 4 if i == 1 else 0) for i in range(1, 7)],
-        decoder=[layer(getattr(decoder, f"deconv{i}")) for i in range(1, 8)],
-        last=_fold_last(detector, filters, vector),
+        encoder=[layer(f"enconv{i}", 4 if i == 1 else 0) for i in range(1, 7)],
+        decoder=[layer(f"deconv{i}") for i in range(1, 8)],
+        last=(*map(filters, last), vector(bias)),
         affine=vector(detector.affine),
         trunk_scales=[None] * len(trunk),
     )
 
 
-def _fold_last(detector: EfficientAD, filters, vector) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last layer of all three networks as `reference.pair_distance` takes it."""
-    teacher_weight, teacher_bias = normalized_teacher(detector)
-    student = last_conv(detector.student)
-    deconv8 = detector.autoencoder.decoder.deconv8
-    own_bias = torch.cat([teacher_bias, deconv8.bias.double()])
-    return (
-        filters(teacher_weight),
-        filters(-student.weight),
-        filters(deconv8.weight),
-        vector(own_bias - student.bias.double()),
+@torch.no_grad()
+def exact_layers(detector: EfficientAD) -> dict[str, Layer]:
+    """Every convolution but the last of each network, in float64, OIHW.
+
+    By name: "teacher1", "student1" and on per PDN layer, "enconv1" to 6, "deconv1" to 7.
+    """
+    convs = {}
+    for name, network in (("teacher", detector.teacher), ("student", detector.student)):
+        for i in range(1, len(PDN_LAYERS[detector.size])):
+            convs[f"{name}{i}"] = getattr(network, f"conv{i}")
+    encoder, decoder = detector.autoencoder.encoder, detector.autoencoder.decoder
+    convs |= {f"enconv{i}": getattr(encoder, f"enconv{i}") for i in range(1, 7)}
+    convs |= {f"deconv{i}": getattr(decoder, f"deconv{i}") for i in range(1, 8)}
+    return {name: (conv.weight.double(), conv.bias.double()) for name, conv in convs.items()}
+
+
+@torch.no_grad()
+def exact_last(detector: EfficientAD) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last layer of all three networks as `FoldedWeights.last` has it, in float64, OIHW.
+
+    The teacher's channel statistics are in its weights and in the bias, which is that of the
+    differences: teacher and autoencoder less the student's two halves.
+    """
+    teacher, student = (
+        getattr(network, f"conv{len(PDN_LAYERS[detector.size])}")
+        for network in (detector.teacher, detector.student)
     )
-
-
-def last_conv(network: nn.Module) -> nn.Conv2d:
-    """The last convolution of a PDN."""
-    return getattr(network, f"conv{len(PDN_LAYERS[network.size])}")
-
-
-def normalized_teacher(detector: EfficientAD) -> Layer:
-    """The teacher's last layer with its channel statistics folded in, OIHW, float64."""
-    conv = last_conv(detector.teacher)
+    autoencoder = detector.autoencoder.decoder.deconv8
     mean, std = (v.double().flatten() for v in (detector.teacher_mean, detector.teacher_std))
-    weight = conv.weight.detach().double() / std[:, None, None, None]
-    return weight, (conv.bias.detach().double() - mean) / std
+    own_bias = torch.cat([(teacher.bias.double() - mean) / std, autoencoder.bias.double()])
+    return (
+        teacher.weight.double() / std[:, None, None, None],
+        -student.weight.double(),
+        autoencoder.weight.double(),
+        own_bias - student.bias.double(),
+    )
 
 
 def consecutive(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
