@@ -55,7 +55,7 @@ def cold_start(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "detector.safetensors"
         save(detector, path)
-        command = [sys.executable, "-m", "efficientad.benchmark.cold_start", str(path)]
+        command = [sys.executable, "-m", __spec__.name, str(path)]
         command += ["--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
         if batch_sizes is not None:
             command += ["--batch-sizes", *map(str, batch_sizes)]
