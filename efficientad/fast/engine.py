@@ -1,8 +1,8 @@
-"""What a predictor computes with, and in which order.
+"""The steps of a predictor: backend, buffers, stream and lock in one place, and their order.
 
-An `Engine` owns the backend, the buffers, the stream and the lock. The predictor checks and judges;
-here a step takes its turn behind the caller's work, frames become packed images, these scores and
-maps, and these the caller's own. `benchmark.stages` times the parts.
+The predictor checks and judges; here a step takes its turn behind the caller's work, frames become
+packed images, these scores and maps, and these the caller's own. `benchmark.stages` times the
+parts.
 """
 
 from __future__ import annotations

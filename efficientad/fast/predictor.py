@@ -1,4 +1,4 @@
-"""The fast predictor."""
+"""The fast predictor: what users call; it checks and judges, and its engine computes."""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ def self_check(
     if isinstance(backend, Fp8Backend):
         expected, bounds = backend.definition(levels.float() / 255), BOUNDS[FP8]
     else:
-        exact = torch_backend(detector, torch.float32, backend.device)
-        expected, bounds = _exact(exact, detector, levels), BOUNDS[backend.dtype]
+        network = torch_backend(detector, torch.float32, backend.device)
+        expected, bounds = _exact(network, detector, levels), BOUNDS[backend.dtype]
     for images in sorted(buckets, reverse=True):
         problem = _check_bucket(
             backend, detector, levels.expand(images, -1, -1, -1), expected, bounds
@@ -107,12 +107,12 @@ def self_check(
     return None
 
 
-def _exact(exact: TorchBackend, detector: EfficientAD, levels: Tensor) -> tuple[Tensor, Tensor]:
+def _exact(network: TorchBackend, detector: EfficientAD, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Map and score by the folded torch network in float32."""
-    plain = torch.empty((1, *levels.shape[2:], 3), device=exact.device)
-    exact.pack(levels.float() / 255, plain, channels_last=False)
-    maps = exact.distance_maps(plain)
-    return exact.anomaly_map(maps, detector.image_size, detector.map_padding, None)
+    plain = torch.empty((1, *levels.shape[2:], 3), device=network.device)
+    network.pack(levels.float() / 255, plain, channels_last=False)
+    maps = network.distance_maps(plain)
+    return network.anomaly_map(maps, detector.image_size, detector.map_padding, None)
 
 
 def _check_bucket(
