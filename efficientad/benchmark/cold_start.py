@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+")
     options = parser.parse_args(arguments)
     clock = [time.perf_counter()]
-    from efficientad import FastPredictor, load
+    from efficientad.checkpoint.loading import load
+    from efficientad.fast.predictor import FastPredictor
     from efficientad.model.synthetic import frames
 
     clock.append(time.perf_counter())
