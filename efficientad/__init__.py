@@ -23,7 +23,7 @@ _EXPORTS = {
     "load": "checkpoint.loading",
     "load_teacher": "checkpoint.loading",
     "Prediction": "results.prediction",
-    "predict": "results.prediction",
+    "predict": "results.plain_path",
     "save": "checkpoint.loading",
 }
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from efficientad.fast.predictor import FastPredictor
     from efficientad.model.calibration import calibrate
     from efficientad.model.detector import AnomalyOutput, EfficientAD, UncalibratedError
-    from efficientad.results.prediction import Prediction, predict
+    from efficientad.results.plain_path import predict
+    from efficientad.results.prediction import Prediction
     from efficientad.training.fitting import fit
 
 

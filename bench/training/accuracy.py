@@ -29,7 +29,7 @@ from efficientad import EfficientAD
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics
-from efficientad.results.prediction import RawMaps, distance_maps, image_score, sized_map
+from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
 from efficientad.training.fitting import fit
 from efficientad.utils.devices import choose_device
 from efficientad.utils.files import write_text

@@ -151,7 +151,7 @@ def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:
     All that can be wrong with the options shows here, before the output folder is touched.
     """
     if options.reference:
-        from efficientad.results.prediction import predict
+        from efficientad.results.plain_path import predict
         from efficientad.utils.devices import choose_device
 
         detector.to(choose_device(options.device))

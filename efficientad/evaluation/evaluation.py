@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from efficientad.data.datasets import GOOD, DataSet, Sample
 from efficientad.data.images import read_image
@@ -17,13 +18,8 @@ from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturate
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD
 from efficientad.results.output_folder import ResultFolder, unique_names
-from efficientad.results.prediction import (
-    Prediction,
-    distance_maps,
-    image_score,
-    is_anomalous,
-    sized_map,
-)
+from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
+from efficientad.results.prediction import Prediction, is_anomalous
 from efficientad.utils.checks import check_detector
 from efficientad.utils.files import plain_text
 
@@ -172,8 +168,8 @@ def _add_pixels(
     detector: EfficientAD,
     dataset: DataSet,
     sample: Sample,
-    raw: Any,
-    own_size: Any,
+    raw: RawMaps,
+    own_size: np.ndarray,
 ) -> None:
     """Add one map, at the size of its mask, to the pixel metrics."""
     size = dataset.mask_size(sample)

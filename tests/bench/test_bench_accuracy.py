@@ -16,7 +16,7 @@ from bench.training import accuracy
 from bench.training import nearest_neighbour as yardstick
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation import evaluation
-from efficientad.results.prediction import RawMaps
+from efficientad.results.plain_path import RawMaps
 
 
 @pytest.fixture(scope="module")
