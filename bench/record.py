@@ -14,14 +14,16 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from efficientad.utils.files import write_text
 
+if TYPE_CHECKING:  # reports read results files where there is no torch
+    import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+Row = dict[str, Any]  # of a results file
 PACKAGES = ("torch", "triton", "numpy", "pillow", "onnxruntime", "openvino", "anomalib")
 
 
@@ -30,6 +32,8 @@ def about(device: str | torch.device = "cpu", command: str | None = None) -> dic
 
     command: default: this process's, as it would be typed in the root of the checkout.
     """
+    import torch
+
     device = torch.device(device)
     facts: dict[str, Any] = {"device": device_name(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
@@ -56,6 +60,8 @@ def about(device: str | torch.device = "cpu", command: str | None = None) -> dic
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the number of cores this process may use."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -75,7 +81,7 @@ def commit() -> str:
     return f"{found}+changes" if found != "unknown" and changed not in ("", "unknown") else found
 
 
-def write(path: str | os.PathLike, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(path: str | os.PathLike, facts: dict[str, Any], rows: list[Row]) -> None:
     """Write a results file, whole or not at all. ValueError: a number that is not finite."""
     text = json.dumps({"about": facts, "rows": rows}, indent=1, allow_nan=False)
     write_text(path, text + "\n")

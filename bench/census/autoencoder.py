@@ -1,62 +1,20 @@
 """Census cases of the autoencoder and the anomaly map: every tile that a 256x256 image can get.
 
 Imports triton and the kernels, not torch: a compile census needs neither torch nor a GPU. Tiles and
-constants come from the launchers' own functions; only the network's shapes stand here.
+constants come from the launchers' own functions, the network's shapes from `bench.shapes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from bench.census.case import CensusCase, each_once
+from bench.shapes import AUTOENCODER, D6_NEEDED, DECODER, AutoencoderLayer
 from efficientad.kernels import anomaly_map, bottleneck, grouped, resize_conv, strided_conv
 
 # Together they meet every row of the tile tables; bf16 differs in the product's name alone.
 BATCHES = {"fp16": (1, 4, 32), "bf16": (32,)}
 PARTS = (1, 3)  # partial maps that `pair_distance` writes
-
-
-class Strided(NamedTuple):
-    """An encoder layer; `cells` are the result's, of a 256x256 image (512x512 for the last)."""
-
-    name: str
-    cin: int
-    cout: int
-    kernel: int
-    stride: int
-    padding: int
-    relu: bool
-    cells: int
-
-
-class Resized(NamedTuple):
-    """A decoder layer; `cells` are the result's that are computed."""
-
-    name: str
-    kernel: int
-    padding: int
-    tables: bool
-    cells: int
-
-
-ENCODER = (
-    Strided("e1", 4, 32, 4, 2, 1, True, 128**2),
-    Strided("e2", 32, 32, 4, 2, 1, True, 64**2),
-    Strided("e3", 32, 64, 4, 2, 1, True, 32**2),
-    Strided("e4", 64, 64, 4, 2, 1, True, 16**2),
-    Strided("e5", 64, 64, 4, 2, 1, True, 8**2),
-    Strided("e6", 64, 64, 8, 1, 0, False, 9**2),
-)
-CHANNELS = 64  # of every decoder layer
-DECODER = (
-    Resized("d", 4, 2, False, 9**2),
-    Resized("d", 4, 2, False, 16**2),
-    Resized("d", 4, 2, False, 33**2),
-    Resized("d", 4, 2, False, 64**2),
-    Resized("d6", 4, 2, True, 112**2),
-    Resized("d7", 3, 1, False, 56**2),
-)
 
 
 def _case(kernel, config, dtype, function, signature, constexprs, tile) -> CensusCase:
@@ -72,10 +30,13 @@ def _case(kernel, config, dtype, function, signature, constexprs, tile) -> Censu
     )
 
 
-def _strided_case(arch: int, layer: Strided, batch: int, dtype: str) -> CensusCase:
-    tile = grouped.from_table(strided_conv.TILES, arch, batch * layer.cells)
+def _strided_case(arch: int, layer: AutoencoderLayer, batch: int, dtype: str) -> CensusCase:
+    cin = 4 if layer.cin == 3 else layer.cin  # images are packed
+    # At 256x256 e6 is part of the bottleneck's kernel; at 512x512 it has 9x9 outputs.
+    cells = 9 if layer.name == "e6" else layer.cells
+    tile = grouped.from_table(strided_conv.TILES, arch, batch * cells**2)
     values = strided_conv.constants(
-        tile, layer.cin, layer.cout, layer.kernel,
+        tile, cin, layer.cout, layer.kernel,
         stride=layer.stride, padding=layer.padding, relu=layer.relu,
     )  # fmt: skip
     signature = {
@@ -84,15 +45,17 @@ def _strided_case(arch: int, layer: Strided, batch: int, dtype: str) -> CensusCa
         **dict.fromkeys(("x_image", "x_row"), "i64"),
         **dict.fromkeys(("height", "width", "out_height", "out_width", "n_pixels"), "i32"),
     }
-    shape = f"{layer.cin}->{layer.cout} {layer.kernel}x{layer.kernel}"
+    shape = f"{cin}->{layer.cout} {layer.kernel}x{layer.kernel}"
     config = f"{shape} {values['BM']}x{values['BN']}x{values['BK']}"
     function = strided_conv._strided_conv_kernel
     return _case("strided_conv_relu", config, dtype, function, signature, values, tile)
 
 
-def _resize_case(arch: int, layer: Resized, batch: int, dtype: str) -> CensusCase:
-    tile = grouped.from_table(resize_conv.TILES, arch, batch * layer.cells)
-    values = resize_conv.constants(tile, CHANNELS, CHANNELS, layer.kernel, padding=layer.padding)
+def _resize_case(arch: int, layer: AutoencoderLayer, batch: int, dtype: str) -> CensusCase:
+    some = layer.name == "d6"  # which rows and columns are computed is in two tables
+    cells = D6_NEEDED if some else layer.cells
+    tile = grouped.from_table(resize_conv.TILES, arch, batch * cells**2)
+    values = resize_conv.constants(tile, layer.cin, layer.cout, layer.kernel, padding=layer.padding)
     sizes = ("height", "width", "up_height", "up_width", "out_height", "out_width")
     signature = {
         **dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{dtype}"),
@@ -102,15 +65,16 @@ def _resize_case(arch: int, layer: Resized, batch: int, dtype: str) -> CensusCas
     }
     constexprs = dict(values)
     for name in ("rows_ptr", "cols_ptr"):
-        (signature if layer.tables else constexprs)[name] = "*i32" if layer.tables else None
-    config = f"{layer.name} {values['BN']}x{values['BM']}x{values['BK']}"
+        (signature if some else constexprs)[name] = "*i32" if some else None
+    place = layer.name if layer.name in ("d6", "d7") else "d"  # the others are alike
+    config = f"{place} {values['BN']}x{values['BM']}x{values['BK']}"
     function = resize_conv._resize_conv_kernel
     return _case("resize_conv_relu", config, dtype, function, signature, constexprs, tile)
 
 
 def _bottleneck_cases(arch: int, dtype: str) -> Iterator[CensusCase]:
     tile = grouped.from_table(bottleneck.TILES, arch, 1)
-    encode, decode = bottleneck.constants(tile, CHANNELS, CHANNELS, CHANNELS)
+    encode, decode = bottleneck.constants(tile, *(DECODER,) * 3)
     yield _case(
         "bottleneck", f"encode {encode['BN']}x{encode['BM']}x{encode['BK']}", dtype,
         bottleneck._encode_kernel,
@@ -175,10 +139,11 @@ def _map_cases(arch: int) -> Iterator[CensusCase]:
 def _all_cases(arch: int) -> Iterator[CensusCase]:
     for dtype, batches in BATCHES.items():
         for batch in batches:
-            for layer in ENCODER:
-                yield _strided_case(arch, layer, batch, dtype)
-            for layer in DECODER:
-                yield _resize_case(arch, layer, batch, dtype)
+            for layer in AUTOENCODER:
+                if layer.name[0] == "e":
+                    yield _strided_case(arch, layer, batch, dtype)
+                elif layer.name not in ("d1", "d8"):  # parts of `bottleneck` and `pair_distance`
+                    yield _resize_case(arch, layer, batch, dtype)
         yield from _bottleneck_cases(arch, dtype)
     yield from _map_cases(arch)
 

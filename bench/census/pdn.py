@@ -1,45 +1,21 @@
 """Census cases of the PDN kernels: every shipped configuration at the shapes of PDN-S and PDN-M.
 
 Imports triton and the kernels, not torch: a compile census needs neither torch nor a GPU. Tiles and
-constants come from the launchers' own functions; only the networks' shapes stand here.
+constants come from the launchers' own functions, the networks' shapes from `bench.shapes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from bench.census.case import CensusCase, each_once
+from bench.shapes import DECODER, IMAGE, PDN, TEACHER, PdnLayer
 from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
 
-IMAGE = 256  # pixels a side
 BATCHES = (1, 32)  # either side of every limit in the tile tables
-TEACHER, STUDENT, DECODER = 384, 768, 64  # channels: C, 2 C and the last 3x3 convolution's input
 TRITON_TYPE = {"fp16": "fp16", "bf16": "bf16", "fp8": "fp8e4nv", "uint8": "u8", "fp32": "fp32"}
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp8": 1}
-MODES = (("plain", 0), ("padded", 1))
-
-
-class Layer(NamedTuple):
-    """A convolution between the first and the last: channels are teacher's and student's."""
-
-    kernel: int
-    couts: tuple[int, int]
-    padding: int  # of the padded variant
-    pool: bool
-
-
-FIRST = {"S": 128, "M": 256}  # channels of the first layer
-MIDDLE = {
-    "S": (Layer(4, (256, 256), 3, True), Layer(3, (256, 256), 1, False)),
-    "M": (
-        Layer(4, (512, 512), 3, True),
-        Layer(1, (512, 512), 0, False),
-        Layer(3, (512, 512), 1, False),
-        Layer(4, (TEACHER, STUDENT), 0, False),
-    ),
-}
-LAST = {"S": 4, "M": 1}  # kernel of the last layer
+MODES = ("plain", "padded")
 _SIZES = ("height", "width", "out_height", "out_width", "n_pixels")
 
 
@@ -73,9 +49,11 @@ def _pack_cases() -> Iterator[CensusCase]:
         )
 
 
-def _first_case(arch: int, size: str, mode: str, pad: int, pixels: int, dtype: str) -> CensusCase:
+def _first_case(
+    arch: int, size: str, mode: str, couts: tuple[int, int], pixels: int, padded: bool, dtype: str
+) -> CensusCase:
     tile = grouped.from_table(first_conv.TILES, arch, pixels)
-    values = first_conv.constants(tile, (FIRST[size],) * 2, pool_padding=pad)
+    values = first_conv.constants(tile, couts, pool_padding=int(padded))
     image = "fp16" if dtype == "fp8" else dtype
     return CensusCase(
         kernel="first_conv_relu_pool",
@@ -98,16 +76,15 @@ def _first_case(arch: int, size: str, mode: str, pad: int, pixels: int, dtype: s
 
 
 def _conv_case(
-    arch: int, name: str, layer: Layer, cin: int, couts: tuple[int, int], pixels: int,
-    padded: bool, dtype: str,
-) -> CensusCase:  # fmt: skip
-    tile = conv.choose_tile(arch, pixels, couts, layer.pool)
+    arch: int, name: str, layer: PdnLayer, cin: int, pixels: int, padded: bool, dtype: str
+) -> CensusCase:
+    tile = conv.choose_tile(arch, pixels, layer.couts, layer.pool)
     values = conv.constants(
         tile,
         arch,
         ITEMSIZE[dtype],
         cin,
-        couts,
+        layer.couts,
         layer.kernel,
         padding=layer.padding if padded else 0,
         pool=layer.pool,
@@ -137,11 +114,13 @@ def _conv_case(
     )
 
 
-def _pair_case(arch: int, size: str, cin: tuple[int, int], pixels: int, dtype: str) -> CensusCase:
+def _pair_case(
+    arch: int, size: str, kernel: int, cin: tuple[int, int], pixels: int, dtype: str
+) -> CensusCase:
     tile = pair_distance.choose_tile(arch, pixels, TEACHER)
     decoder = "fp16" if dtype == "fp8" else dtype
     values = pair_distance.constants(
-        tile, arch, ITEMSIZE[dtype], 2, (TEACHER, *cin, DECODER), LAST[size], scaled=dtype == "fp8"
+        tile, arch, ITEMSIZE[dtype], 2, (TEACHER, *cin, DECODER), kernel, scaled=dtype == "fp8"
     )
     signature = {
         "teacher_ptr": f"*{TRITON_TYPE[dtype]}",
@@ -173,29 +152,35 @@ def _pair_case(arch: int, size: str, cin: tuple[int, int], pixels: int, dtype: s
     )
 
 
+def _network_cases(
+    arch: int, size: str, padded: bool, batch: int, dtype: str
+) -> Iterator[CensusCase]:
+    mode = MODES[padded]
+    cells, cin = IMAGE, (3, 3)
+    for i, layer in enumerate(PDN[size], start=1):
+        cells += 1 - layer.kernel + 2 * padded * layer.padding
+        if layer.pool:
+            cells = (cells + 2 * padded) // 2
+        pixels = batch * cells**2
+        if i == 1:
+            yield _first_case(arch, size, mode, layer.couts, pixels, padded, dtype)
+        elif i < len(PDN[size]):
+            if cin[0] != cin[1]:
+                raise ValueError("a grouped layer has one input width")
+            name = f"{size} {mode} conv{i}"
+            yield _conv_case(arch, name, layer, cin[0], pixels, padded, dtype)
+        else:
+            yield _pair_case(arch, size, layer.kernel, cin, pixels, dtype)
+        cin = layer.couts
+
+
 def _all_cases(arch: int) -> Iterator[CensusCase]:
     yield from _pack_cases()
     for dtype in dtypes(arch):
-        for size in FIRST:
-            for mode, pad in MODES:
+        for size in PDN:
+            for padded in (False, True):
                 for batch in BATCHES:
-                    cells = (IMAGE + 6 * pad - 3 + 2 * pad) // 2
-                    yield _first_case(arch, size, mode, pad, batch * cells**2, dtype)
-                    cin = (FIRST[size],) * 2
-                    for i, layer in enumerate(MIDDLE[size], start=2):
-                        if cin[0] != cin[1]:
-                            raise ValueError("a grouped layer has one input width")
-                        cells += 1 - layer.kernel + 2 * pad * layer.padding
-                        if layer.pool:
-                            cells = (cells + 2 * pad) // 2
-                        name = f"{size} {mode} conv{i}"
-                        pixels = batch * cells**2
-                        yield _conv_case(
-                            arch, name, layer, cin[0], layer.couts, pixels, bool(pad), dtype
-                        )
-                        cin = layer.couts
-                    cells += 1 - LAST[size]
-                    yield _pair_case(arch, size, cin, batch * cells**2, dtype)
+                    yield from _network_cases(arch, size, padded, batch, dtype)
 
 
 def cases(arch: int) -> Iterator[CensusCase]:

@@ -19,10 +19,10 @@ import torch
 from bench.gpu.run_log import Measurement, Row, RunLog
 from bench.kernels import ceilings, correctness, sweeps
 from bench.kernels import measure as bench_kernels
-from bench.kernels.case import BOTH
 from bench.kernels.ceilings import Ceilings
 from bench.kernels.inputs import FP8
 from bench.record import ROOT
+from bench.shapes import BOTH
 
 PDN_BATCHES = (1, 32)
 HALF, BF16 = torch.float16, torch.bfloat16

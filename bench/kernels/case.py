@@ -16,8 +16,6 @@ from bench.kernels import plain_torch as kernel_torch
 from efficientad.ops import fused as ops
 from efficientad.ops import operators, reference
 
-BOTH = "SM"  # `size` of what is the same in EfficientAD-S and M
-
 
 @dataclass
 class Case:
@@ -25,7 +23,7 @@ class Case:
 
     Attributes:
         operation: of `efficientad.ops.fused`. layer: its place, "conv2", "e3", "d6".
-        size: "S", "M" or BOTH.
+        size: "S", "M" or `shapes.BOTH`.
         dtype: of the activations.
         arguments, options: of the operation.
         flop: needed operations, a multiplication and an addition being two; 0 where none matter.

@@ -5,7 +5,7 @@ ReLU as in the network: half of them are zero.
 
 Work is counted from the needed outputs (an average over 2x2 drops an odd last row and column):
 75.4 GFLOP an image for EfficientAD-S and 233.3 for M with everything summed; the paper counts all
-outputs, `paper_gflop`: 75.9 and 235.4. Bytes: each input and result once.
+outputs, `shapes.paper_gflop`: 75.9 and 235.4. Bytes: each input and result once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 
-from bench.kernels import roofline
-from bench.kernels.case import BOTH, Case
+from bench.kernels.case import Case
 from bench.kernels.inputs import Inputs
+from bench.shapes import AUTOENCODER, BOTH, DECODER, IMAGE, TEACHER, pdn_layers
 from efficientad.model.networks import decoder_sizes
 from efficientad.ops import reference
 
-IMAGE = 256
-CHANNELS, DECODER = 384, 64  # teacher's output, every decoder layer
 MAP_PADDING = 4
 
 
@@ -239,7 +237,7 @@ def layers(size: str, *, parts: int = 3, small: bool = False) -> Iterator[Layer]
 
 
 def _pdn_layers(size: str, cells, channels) -> Iterator[Layer]:
-    table = roofline.pdn_layers(size)
+    table = pdn_layers(size)
     h = IMAGE
     for i, (outputs, kernel, cin, couts, pool) in enumerate(table, start=1):
         side = cells(h, kernel + 4)
@@ -250,7 +248,7 @@ def _pdn_layers(size: str, cells, channels) -> Iterator[Layer]:
             yield Layer(f"conv{i}", size, conv_relu_pool if pool else conv_relu, sizes)
         else:
             wide = (channels(cin[0]), channels(cin[1]), channels(DECODER))
-            yield Layer("pair", size, pair_distance, (side, side, wide, kernel, CHANNELS))
+            yield Layer("pair", size, pair_distance, (side, side, wide, kernel, TEACHER))
         h = outputs // 2 if pool else outputs
 
 
@@ -258,7 +256,7 @@ def _autoencoder_layers(cells, channels) -> Iterator[Layer]:
     """All but the last, which is part of `pair`; encoder 6 and decoder 1 are one launch."""
     targets = [cells(n) for n in decoder_sizes(IMAGE)]
     h = IMAGE
-    for name, outputs, kernel, cin, cout in roofline.AUTOENCODER[:-1]:
+    for name, outputs, kernel, cin, cout, _, padding, _ in AUTOENCODER[:-1]:
         side, ci = cells(h), 4 if cin == 3 else channels(cin)
         if name == "e6":
             yield Layer("bottleneck", BOTH, bottleneck, (ci, cout, cout))
@@ -266,23 +264,10 @@ def _autoencoder_layers(cells, channels) -> Iterator[Layer]:
             yield Layer(name, BOTH, strided_conv_relu, (side, side, ci, cout, kernel))
         elif name != "d1":
             up = targets[int(name[1]) - 1]
-            options: dict[str, Any] = {"padding": 2 if kernel == 4 else 1}
+            options: dict[str, Any] = {"padding": padding}
             if name == "d6":  # the last resize reads 112 of its 128 rows and columns
                 options["read_by"] = targets[6]
             yield Layer(
                 name, BOTH, resize_conv_relu, (side, side, ci, cout, kernel, (up, up)), options
             )
         h = outputs
-
-
-def paper_gflop(size: str) -> float:
-    """GFLOP an image with every output of a pooled layer counted, as the paper does."""
-    spare, h = 0, IMAGE
-    for outputs, kernel, cin, couts, pool in roofline.pdn_layers(size):
-        computed = h - kernel + 1
-        spare += sum(
-            roofline.conv_flop(computed, kernel, *pair) - roofline.conv_flop(outputs, kernel, *pair)
-            for pair in zip(cin, couts, strict=True)
-        )
-        h = outputs // 2 if pool else outputs
-    return (sum(roofline.network_flop(size).values()) + spare) / 1e9

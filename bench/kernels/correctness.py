@@ -22,6 +22,7 @@ from bench.kernels import cases as make
 from bench.kernels.case import Case
 from bench.kernels.inputs import FP8, Inputs
 from bench.kernels.measure import TOLERANCE, Measure, Row, alive, first_line
+from bench.shapes import TEACHER
 from efficientad import EfficientAD, FastPredictor
 from efficientad.fast.backends import KernelBackend, TorchBackend
 from efficientad.model.agreement import BOUNDS, difference
@@ -51,7 +52,7 @@ def builders(small: bool) -> dict[str, list[Callable[[Inputs, random.Random], di
 
     def pair(r, x, cins, kernel):
         return make.pair_distance(
-            x, *sides(r, kernel, 60), tuple(map(ch, cins)), kernel, wide(make.CHANNELS)
+            x, *sides(r, kernel, 60), tuple(map(ch, cins)), kernel, wide(TEACHER)
         )
 
     def resize(r, x, kernel, **options):

@@ -25,11 +25,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.kernels.case import BOTH, Case
-from bench.kernels.cases import CHANNELS, Layer, layers
+from bench.kernels.case import Case
+from bench.kernels.cases import Layer, layers
 from bench.kernels.ceilings import Ceilings
 from bench.kernels.device_times import in_turn
 from bench.kernels.inputs import FP8
+from bench.shapes import BOTH, TEACHER
 from efficientad.benchmark.call_times import significant
 
 Row = dict[str, Any]
@@ -186,8 +187,8 @@ def _parts(device: str, batch: int) -> int:
     from efficientad.kernels import pair_distance
 
     major, minor = torch.cuda.get_device_capability(device)
-    tile = pair_distance.choose_tile(10 * major + minor, batch * 56 * 56, CHANNELS)
-    return CHANNELS // (tile.bn + tile.bn_tail)
+    tile = pair_distance.choose_tile(10 * major + minor, batch * 56 * 56, TEACHER)
+    return TEACHER // (tile.bn + tile.bn_tail)
 
 
 def measurements(

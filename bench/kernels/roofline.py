@@ -16,6 +16,15 @@ import heapq
 import sys
 from dataclasses import dataclass
 
+from bench.shapes import (
+    AUTOENCODER,
+    D6_NEEDED,
+    PDN,
+    TEACHER,
+    conv_flop,
+    network_flop,
+    pdn_layers,
+)
 from efficientad.kernels import conv, first_conv, grouped, pair_distance, resize_conv, strided_conv
 
 SMS = 132
@@ -23,28 +32,6 @@ TENSOR_FLOPS = 790e12  # measured on this kind of card: a large bf16 matrix prod
 L2_BYTES = 7.9e12  # ASSUMPTION: what Triton's best fp8 product implies at least, unmeasured
 TARGET = 90
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-TEACHER, STUDENT = 384, 768
-# Kernel, output channels of teacher and student, pooled; 256x256 input without padding. Averages
-# over 2x2 drop an odd last row and column, so only even outputs are computed.
-PDN = {
-    "S": ((4, 128, 128, True), (4, 256, 256, True), (3, 256, 256, False), (4, 384, 768, False)),
-    "M": (
-        (4, 256, 256, True),
-        (4, 512, 512, True),
-        (1, 512, 512, False),
-        (3, 512, 512, False),
-        (4, 384, 768, False),
-        (1, 384, 768, False),
-    ),
-}
-# Name, output cells along an axis, kernel, input and output channels (Table 8).
-AUTOENCODER = (
-    ("e1", 128, 4, 3, 32), ("e2", 64, 4, 32, 32), ("e3", 32, 4, 32, 64), ("e4", 16, 4, 64, 64),
-    ("e5", 8, 4, 64, 64), ("e6", 1, 8, 64, 64), ("d1", 4, 4, 64, 64), ("d2", 9, 4, 64, 64),
-    ("d3", 16, 4, 64, 64), ("d4", 33, 4, 64, 64), ("d5", 64, 4, 64, 64), ("d6", 128, 4, 64, 64),
-    ("d7", 56, 3, 64, 64), ("d8", 56, 3, 64, 384),
-)  # fmt: skip
-D6_NEEDED = 112  # of 128 rows and columns: what the last resize, 128 -> 56, reads
 
 
 @dataclass(frozen=True)
@@ -101,35 +88,6 @@ class Launch:
         return max(self.tensor_us, self.l2_us)
 
 
-def conv_flop(cells: int, kernel: int, cin: int, cout: int) -> int:
-    """Operations (a multiplication and an addition are two) of cells x cells outputs."""
-    return 2 * cells**2 * kernel**2 * cin * cout
-
-
-def pdn_layers(size: str) -> list[tuple[int, int, tuple[int, int], tuple[int, int], bool]]:
-    """Per layer: outputs computed along an axis, kernel, inputs and outputs of T and S, pooled."""
-    layers, cells, cin = [], 256, (3, 3)
-    for kernel, teacher, student, pool in PDN[size]:
-        cells += 1 - kernel
-        if pool:
-            cells = cells // 2 * 2
-        layers.append((cells, kernel, cin, (teacher, student), pool))
-        cin = (teacher, student)
-        if pool:
-            cells //= 2
-    return layers
-
-
-def network_flop(size: str) -> dict[str, int]:
-    """Operations per image of teacher, student and autoencoder."""
-    layers = pdn_layers(size)
-    return {
-        "teacher": sum(conv_flop(n, k, cin[0], cout[0]) for n, k, cin, cout, _ in layers),
-        "student": sum(conv_flop(n, k, cin[1], cout[1]) for n, k, cin, cout, _ in layers),
-        "autoencoder": sum(conv_flop(*layer) for _, *layer in AUTOENCODER),
-    }
-
-
 def floor_us(size: str) -> float:
     """Tensor time per image at the measured rate, nothing lost."""
     return sum(network_flop(size).values()) / TENSOR_FLOPS * 1e6
@@ -158,33 +116,34 @@ def pdn_launches(size: str, batch: int) -> list[Launch]:
         group = Group(_tiles(pixels, tile.bm, channels, bn), tile.bm, bn, k)
         launches.append(Launch(f"conv{i}", (group,), flop))
     cells, kernel, cin, couts, _ = layers[-1]
-    name, *decoder = AUTOENCODER[-1]
+    decoder = AUTOENCODER[-1]
     tile = pair_distance.choose_tile(TARGET, batch * cells**2, TEACHER)
     bn = tile.bn + tile.bn_tail
     programs = _tiles(batch * cells**2, tile.bm, TEACHER, bn)
     groups = (
         Group(programs, tile.bm, bn, kernel**2 * sum(cin)),
-        Group(programs, tile.bm, bn, kernel**2 * cin[1] + decoder[1] ** 2 * decoder[2]),
+        Group(programs, tile.bm, bn, kernel**2 * cin[1] + decoder.kernel**2 * decoder.cin),
     )
     flop = sum(conv_flop(cells, kernel, *pair) for pair in zip(cin, couts, strict=True))
-    launches.append(Launch(f"pair+{name}", groups, batch * (flop + conv_flop(*decoder))))
+    flop += conv_flop(decoder.cells, decoder.kernel, decoder.cin, decoder.cout)
+    launches.append(Launch(f"pair+{decoder.name}", groups, batch * flop))
     return launches
 
 
 def autoencoder_launches(batch: int) -> list[Launch]:
     """The autoencoder's launches but the last layer; they run beside the PDNs' first layers."""
     launches = []
-    for name, cells, kernel, cin, cout in AUTOENCODER[:-1]:
-        if name in ("e6", "d1"):  # the bottleneck: no tensor time to speak of
+    for layer in AUTOENCODER[:-1]:
+        if layer.name in ("e6", "d1"):  # the bottleneck: no tensor time to speak of
             continue
-        pixels = batch * (D6_NEEDED if name == "d6" else cells) ** 2
-        module = strided_conv if name[0] == "e" else resize_conv
+        pixels = batch * (D6_NEEDED if layer.name == "d6" else layer.cells) ** 2
+        module = strided_conv if layer.name[0] == "e" else resize_conv
         tile = grouped.from_table(module.TILES, TARGET, pixels)
-        bn = grouped.divisor(tile.bn, cout)
-        k = kernel**2 * (4 if cin == 3 else cin)
-        group = Group(_tiles(pixels, tile.bm, cout, bn), tile.bm, bn, k)
-        flop = conv_flop(cells, kernel, cin, cout) * batch
-        launches.append(Launch(name, (group,), flop))
+        bn = grouped.divisor(tile.bn, layer.cout)
+        k = layer.kernel**2 * (4 if layer.cin == 3 else layer.cin)
+        group = Group(_tiles(pixels, tile.bm, layer.cout, bn), tile.bm, bn, k)
+        flop = conv_flop(layer.cells, layer.kernel, layer.cin, layer.cout) * batch
+        launches.append(Launch(layer.name, (group,), flop))
     return launches
 
 

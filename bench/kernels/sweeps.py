@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernels.case import BOTH, Case
+from bench.kernels.case import Case
 from bench.kernels.cases import Layer
 from bench.kernels.ceilings import Ceilings
 from bench.kernels.device_times import in_turn
 from bench.kernels.measure import Measure, Row, alive, fault, first_line, launches, place, rates
 from bench.kernels.roofline import Group
+from bench.shapes import BOTH
 from efficientad.benchmark.call_times import significant
 from efficientad.kernels import (
     anomaly_map,

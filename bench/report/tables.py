@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.kernels.case import BOTH
-from bench.kernels.cases import paper_gflop
-from bench.kernels.roofline import network_flop
 from bench.report.targets import Verdict, all_verdicts, fits
+from bench.shapes import BOTH, network_flop, paper_gflop
 
 Row = dict[str, Any]
 DASH = "-"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.kernels import roofline
+from bench.shapes import network_flop
 
 Row = dict[str, Any]
 MET, MISSED, OPEN = "met", "missed", "not measured"
@@ -104,7 +104,7 @@ def _peers(size: str, batch: int) -> dict[str, Any]:
 
 
 def _per_size(size: str) -> list[Target]:
-    gflop = sum(roofline.network_flop(size).values()) / 1e9
+    gflop = sum(network_flop(size).values()) / 1e9
     bf16 = Read({"kind": "ceiling", "dtype": "bfloat16", "name~": "matmul"}, "tflops")
     fastest = tuple({**_peers(size, batch), "against~": "max-autotune"} for batch in (1, 32))
     return [

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from bench import shapes
 from bench.kernels import case as kernel_case
 from bench.kernels import cases as kernel_cases
 from bench.kernels import ceilings, correctness, roofline
@@ -34,9 +35,9 @@ def layer(name: str, size: str = "S"):
 def test_the_layers_are_the_whole_network(size, total, paper):
     """Shapes alone: their operations sum to the count of the roofline, which tests hold to hand."""
     cases = [x.case("meta", 2, torch.float16) for x in kernel_cases.layers(size)]
-    assert sum(c.flop for c in cases) == 2 * sum(roofline.network_flop(size).values())
+    assert sum(c.flop for c in cases) == 2 * sum(shapes.network_flop(size).values())
     assert sum(c.flop for c in cases) / 2e9 == pytest.approx(total, abs=0.05)
-    assert kernel_cases.paper_gflop(size) == pytest.approx(paper, abs=0.05)
+    assert shapes.paper_gflop(size) == pytest.approx(paper, abs=0.05)
     assert {c.operation for c in cases} == set(ops.OPERATIONS)
 
 

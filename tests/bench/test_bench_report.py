@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import helpers_bench as made
 import pytest
 
@@ -170,3 +173,15 @@ def test_markers_that_stand_alone_and_unknown_tables_are_found(folder, capsys):
 @pytest.mark.skipif(not record.RESULTS.is_dir(), reason="bench/results is not in the sdist")
 def test_this_projects_readme_says_what_its_files_give(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_the_check_needs_no_torch(folder):
+    """Nor the kernels: figures are checked where neither is installed."""
+    program = (
+        "import sys; sys.modules |= {'torch': None, 'triton': None, 'efficientad.kernels': None}; "
+        "from bench.report.readme import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["--check", "--file", str(folder / "README.md"), "--root", str(folder)]
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -118,6 +118,18 @@ def test_bounds_can_fail(change, fault):
     assert faults(GOOD | change) == ([fault] if fault else [])
 
 
+def test_cases_need_no_torch():
+    program = (
+        "import sys; sys.modules['torch'] = None; from bench.census import compile as census; "
+        "print(*(len(census.cases(arch)) for arch in census.ARCHITECTURES))"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(int(count) > 50 for count in done.stdout.split())
+
+
 def test_arguments():
     done = run(TRITON_INTERPRET="1")
     assert done.returncode == 2

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
+from bench import shapes
 from bench.kernels import roofline
 from bench.kernels.roofline import Group, Launch
 from efficientad.kernels import conv, pair_distance
-from efficientad.model.networks import PDN, Autoencoder
-from efficientad.ops.reference import resize_reads
 
 
 @pytest.mark.parametrize(
@@ -17,7 +15,7 @@ from efficientad.ops.reference import resize_reads
     [("S", 30.36, 40.22, 75.4, 95.4), ("M", 103.0, 125.5, 233.3, 295.4)],
 )
 def test_operations_and_floor(size, teacher, student, total, floor):
-    flop = roofline.network_flop(size)
+    flop = shapes.network_flop(size)
     assert flop["teacher"] / 1e9 == pytest.approx(teacher, abs=0.05)
     assert flop["student"] / 1e9 == pytest.approx(student, abs=0.05)
     assert flop["autoencoder"] / 1e9 == pytest.approx(4.79, abs=0.005)
@@ -26,27 +24,6 @@ def test_operations_and_floor(size, teacher, student, total, floor):
     # One image's launches do that work: all of it but the bottleneck's 0.002 GFLOP.
     launches = roofline.pdn_launches(size, 1) + roofline.autoencoder_launches(1)
     assert sum(launch.flop for launch in launches) == pytest.approx(sum(flop.values()), rel=1e-4)
-
-
-@pytest.mark.parametrize("size", ["S", "M"])
-def test_layers_are_those_of_the_networks(size):
-    """Filters and cells of the tables, against the modules."""
-    for column, channels in ((0, 384), (1, 768)):
-        net = PDN(size, channels)
-        want = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
-        got = [(cout[column], cin[column], k, k)
-               for _, k, cin, cout, _ in roofline.pdn_layers(size)]  # fmt: skip
-        assert got == want
-        assert roofline.pdn_layers(size)[-1][0] == 56
-    cells = []
-    net = Autoencoder().eval()
-    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
-    for module in convs:
-        module.register_forward_hook(lambda m, x, y: cells.append((y.shape[-1], *m.weight.shape)))
-    with torch.no_grad():
-        net(torch.zeros(1, 3, 256, 256))
-    assert cells == [(n, co, ci, k, k) for _, n, k, ci, co in roofline.AUTOENCODER]
-    assert len(resize_reads(128, 56)) == roofline.D6_NEEDED
 
 
 # Counted by hand at a batch of one, PDN-S: tiles, waves, tensor us, L2 us.
