@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad.model.agreement import difference, scale_of, worst
-from efficientad.model.detector import EfficientAD, check_pair
-from efficientad.utils.checks import check_detector
+from efficientad.model.detector import EfficientAD, check_detector
+from efficientad.model.networks import check_pair
 from efficientad.utils.files import replace_file
 
 FORMATS = {"onnx": ".onnx", "aoti": ".pt2"}

@@ -16,11 +16,10 @@ from efficientad.data.images import read_image
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.model.calibration import Progress
-from efficientad.model.detector import EfficientAD
+from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.results.output_folder import ResultFolder, unique_names
 from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
 from efficientad.results.prediction import Prediction, is_anomalous
-from efficientad.utils.checks import check_detector
 from efficientad.utils.files import plain_text
 
 _LISTED = 20  # names in a note

@@ -17,9 +17,8 @@ from efficientad.fast.frame_inputs import Frame, as_batch, read_frames
 from efficientad.fast.options import choose_buckets, choose_dtype
 from efficientad.fast.streaming import stream
 from efficientad.fast.tiling import DEFAULT_OVERLAP, predict_large
-from efficientad.model.detector import AnomalyOutput, EfficientAD
-from efficientad.results.prediction import Prediction
-from efficientad.utils.checks import check_detector, check_map_size, check_threshold
+from efficientad.model.detector import AnomalyOutput, EfficientAD, check_detector, check_threshold
+from efficientad.results.prediction import Prediction, check_map_size
 from efficientad.utils.devices import choose_device
 
 MAP_SIZES = ("input", "source", "feature", None)

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efficientad.model.detector import MAP_AT_QB
 from efficientad.utils.devices import FP8
-
-SMALLEST_SCALE = 0.1  # q_b of the good images: where a map is all small, errors are parts of this
 
 # Largest and RMS difference of maps from float32's, as parts of the maps' scale.
 BOUNDS = {
@@ -38,7 +37,7 @@ class Difference(NamedTuple):
 
 def scale_of(maps: Tensor) -> float:
     """max(0.1, largest |map|), of which differences of these maps and their scores are parts."""
-    return max(SMALLEST_SCALE, float(maps.abs().max()))
+    return max(MAP_AT_QB, float(maps.abs().max()))
 
 
 def difference(found: Tensor, expected: Tensor, scale: float | None = None) -> Difference:

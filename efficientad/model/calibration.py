@@ -22,9 +22,9 @@ from torch import Tensor
 from efficientad.data.datasets import DataSet, Sample, split_validation
 from efficientad.data.images import Batch, ImageError, find_images, load_batches
 from efficientad.data.layouts import open_dataset
-from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD
+from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD, check_detector
 from efficientad.model.networks import TEACHER_CHANNELS
-from efficientad.utils.checks import check_detector, check_number
+from efficientad.utils.checks import check_number
 from efficientad.utils.devices import full_float32
 from efficientad.utils.quantiles import streaming_quantiles
 

@@ -6,7 +6,7 @@ implementations; `docs/border-rules.md` shows what they differ in and why "nelso
 
 from __future__ import annotations
 
-import operator
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -19,10 +19,11 @@ from efficientad.model.networks import (
     TEACHER_CHANNELS,
     Autoencoder,
     check_image_size,
+    check_pair,
     feature_size,
 )
 from efficientad.ops import reference
-from efficientad.utils.checks import check_flag, check_threshold
+from efficientad.utils.checks import check_flag, is_number
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,7 +31,7 @@ BORDERS = ("nelson", "anomalib", "paper")
 SCORE_SIZES = ("input", "source")
 QUANTILE_NAMES = ("qa_st", "qb_st", "qa_ae", "qb_ae")
 QUANTILE_LEVELS = (0.9, 0.995)  # q_a and q_b of the paper
-MAP_AT_QB = 0.1  # q_a is sent to 0 and q_b to 0.1
+MAP_AT_QB = 0.1  # the map's unit: q_a of the good images is sent to 0 and q_b to 0.1
 
 
 class UncalibratedError(ValueError):
@@ -75,6 +76,17 @@ def _check_border(border: str, padding: bool, map_padding: int | None) -> int:
     if isinstance(map_padding, bool) or not isinstance(map_padding, int) or map_padding < 0:
         raise ValueError(f"map_padding is {map_padding!r}; it must be an integer >= 0 (cells)")
     return map_padding
+
+
+def check_threshold(value: object) -> float | None:
+    """A threshold as a float; ValueError unless it is a finite number, or None for no verdicts."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if value is None:
+        return None
+    if not is_number(value):
+        raise ValueError(f"threshold is {value!r}; it must be a finite number, or None")
+    return float(value)
 
 
 class EfficientAD(nn.Module):
@@ -358,16 +370,15 @@ class EfficientAD(nn.Module):
         return self
 
 
-def check_pair(image_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) as integers; ValueError unless they are two, each at least 256."""
-    try:
-        height, width = (operator.index(v) for v in image_size)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"image_size is {image_size!r}; it must be (height, width), two integers"
-        ) from None
-    check_image_size(height, width)
-    return height, width
+def check_detector(detector: object) -> None:
+    """Raise ValueError unless it is an EfficientAD."""
+    if isinstance(detector, EfficientAD):
+        return
+    kind = type(detector).__name__
+    shown = f"{detector!r}, a {kind}" if isinstance(detector, (str, os.PathLike)) else f"a {kind}"
+    raise ValueError(
+        f"detector is {shown}; it must be an EfficientAD: load it with efficientad.load"
+    )
 
 
 def _resolve_after_load(module: EfficientAD, _incompatible: object) -> None:

@@ -6,6 +6,7 @@ layer names of the tables, so that a state dict reads like the paper.
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -60,6 +61,18 @@ def check_image_size(height: int, width: int) -> None:
             "because the autoencoder halves the image five times and its bottleneck then needs "
             "8x8 cells (Table 8). Resize the image to 256 or more"
         )
+
+
+def check_pair(image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) as integers; ValueError unless they are two, each at least 256."""
+    try:
+        height, width = (operator.index(v) for v in image_size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"image_size is {image_size!r}; it must be (height, width), two integers"
+        ) from None
+    check_image_size(height, width)
+    return height, width
 
 
 def feature_size(length: int, padding: bool = False) -> int:

@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-MAP_AT_QB = 0.1  # the map's unit: q_a of the good images is 0, q_b is 0.1
+from efficientad.model.detector import MAP_AT_QB
+
 NAN_COLOR = (0, 230, 150)  # not in the colour map
 STOPS = (  # position on the scale, RGB; lightness rises evenly from dark blue to pale yellow
     (0.00, (24, 20, 92)),

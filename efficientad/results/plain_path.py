@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from efficientad.data.images import ImageError, as_sources, load_batches
-from efficientad.model.detector import EfficientAD
-from efficientad.results.prediction import Prediction
-from efficientad.utils.checks import check_detector, check_map_size
+from efficientad.model.detector import EfficientAD, check_detector
+from efficientad.results.prediction import Prediction, check_map_size
 from efficientad.utils.devices import full_float32
 
 OnError = Callable[[int, Any, ImageError], None]

@@ -166,3 +166,9 @@ def _host(value: Any) -> Any:
 def is_anomalous(score: float, threshold: float | None) -> bool | None:
     """The verdict: not (score <= threshold), so that NaN is anomalous; None without a threshold."""
     return None if threshold is None else not score <= threshold
+
+
+def check_map_size(map_size: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless `map_size` is one of the choices."""
+    if map_size not in choices:
+        raise ValueError(f"map_size is {map_size!r}; it must be {' or '.join(map(repr, choices))}")

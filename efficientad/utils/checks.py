@@ -53,23 +53,6 @@ def check_networks(**tensors: Sequence[Tensor]) -> int:
     return next(iter(counts.values()))
 
 
-def check_map_size(map_size: object, choices: Sequence[object]) -> None:
-    """Raise ValueError unless `map_size` is one of the choices."""
-    if map_size not in choices:
-        raise ValueError(f"map_size is {map_size!r}; it must be {' or '.join(map(repr, choices))}")
-
-
-def check_detector(detector: object) -> None:
-    """Raise ValueError unless it is an EfficientAD, told by its methods: that class lies above."""
-    if all(hasattr(detector, name) for name in ("distance_maps", "raise_uncalibrated")):
-        return
-    kind = type(detector).__name__
-    shown = f"{detector!r}, a {kind}" if isinstance(detector, (str, os.PathLike)) else f"a {kind}"
-    raise ValueError(
-        f"detector is {shown}; it must be an EfficientAD: load it with efficientad.load"
-    )
-
-
 def check_integer(name: str, value: object, least: int | None = None) -> int:
     """`value` as an int; ValueError unless it is an integer, of at least `least` if that is set."""
     try:
@@ -92,7 +75,7 @@ def check_number(
     name: str, value: object, least: float, below: float = math.inf, *, above: bool = False
 ) -> float:
     """`value` as a float; ValueError unless least <= value < below (`above`: least < value)."""
-    if _is_number(value) and least <= value < below and not (above and value == least):
+    if is_number(value) and least <= value < below and not (above and value == least):
         return float(value)
     if below < math.inf:
         rule = f"in {'(' if above else '['}{least:g}, {below:g})"
@@ -101,18 +84,8 @@ def check_number(
     raise ValueError(f"{name} is {value!r}; it must be {rule}")
 
 
-def check_threshold(value: object) -> float | None:
-    """A threshold as a float; ValueError unless it is a finite number, or None for no verdicts."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if value is None:
-        return None
-    if not _is_number(value):
-        raise ValueError(f"threshold is {value!r}; it must be a finite number, or None")
-    return float(value)
-
-
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite real number, not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
