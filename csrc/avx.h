@@ -1,4 +1,4 @@
-// Floor 0, includes rows.h: row functions that need AVX2, FMA and F16C written out, for both AVX
+// Includes rows.h: row functions that need AVX2, FMA and F16C written out, for both AVX
 // levels. The lanes do what the loops of rows.h do, in the same order.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Floor 0, includes avx.h and conv_*.h: the level of processors with AVX2, FMA and F16C; empty
+// Includes avx.h and conv_*.h: the level of processors with AVX2, FMA and F16C; empty
 // elsewhere.
 #ifdef __x86_64__
 #include "avx.h"
@@ -58,7 +58,6 @@ extern const Level kAvx2 = {
     pixels_avx,
     pack_avx,
     blend_loop,
-    overlay_loop,
     convolve_share<Vector>,
     gradient_rows<Vector>,
     gradient_products<Vector>,

@@ -1,4 +1,4 @@
-// Floor 0, includes avx.h and conv_*.h: the level of processors with AVX-512 (F, BW, DQ, VL); empty
+// Includes avx.h and conv_*.h: the level of processors with AVX-512 (F, BW, DQ, VL); empty
 // elsewhere.
 #ifdef __x86_64__
 #include "avx.h"
@@ -132,7 +132,6 @@ extern const Level kAvx512 = {
     pixels_avx512,
     pack_avx,
     blend_loop,
-    overlay_loop,
     convolve_share<Vector>,
     gradient_rows<Vector>,
     gradient_products<Vector>,

@@ -1,6 +1,6 @@
-// Floor 0, includes pybind11 and host.h: the Python names of the module, and nothing else.
+// Includes pybind11 and host.h: the Python names of the module, and nothing else.
 //
-// Pointers and streams are integers; efficientad/frames.py checks every argument before it calls.
+// Pointers and streams are integers; efficientad/ops checks every argument before it calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -51,32 +51,6 @@ void resize_pack(Address data, int64_t pitch, int32_t height, int32_t width, int
   if (device >= 0) return ea::cuda::resize_pack(frame, y, x, normal, packed, device, stream);
 #endif
   ea::resize_pack(frame, y, x, normal, packed);
-}
-
-void upsample(Address data, int32_t count, int32_t height, int32_t width, int32_t padding,
-              float frame, const Side& rows, const Side& columns, Address out, int device,
-              Address stream) {
-  check(device);
-  const ea::Maps maps{pointer<const float>(data), count, height, width, padding, frame};
-#ifdef EFFICIENTAD_CUDA
-  if (device >= 0)
-    return ea::cuda::upsample(maps, taps(rows), taps(columns), pointer<float>(out), device, stream);
-#endif
-  ea::upsample(maps, taps(rows), taps(columns), pointer<float>(out));
-}
-
-void overlay(Address data, int64_t pitch, int32_t height, int32_t width, Address values,
-             Address table, float low, float range, float strength, Address out, int device,
-             Address stream) {
-  check(device);
-  const ea::Frame frame{pointer<const uint8_t>(data), pitch, height, width, 3};
-  const ea::Colors colors{pointer<const uint8_t>(table), low, range, strength};
-  const float* map = pointer<const float>(values);
-#ifdef EFFICIENTAD_CUDA
-  if (device >= 0)
-    return ea::cuda::overlay(frame, map, colors, pointer<uint8_t>(out), device, stream);
-#endif
-  ea::overlay(frame, map, colors, pointer<uint8_t>(out));
 }
 
 using Strides = std::array<int64_t, 3>;  // of an image, a row and a pixel, in floats
@@ -149,8 +123,6 @@ PYBIND11_MODULE(_native, module) {
     ea::fill_taps(source, target, antialias, pointer<int32_t>(spans), pointer<float>(weights));
   });
   module.def("resize_pack", &resize_pack, Free());
-  module.def("upsample", &upsample, Free());
-  module.def("overlay", &overlay, Free());
   module.def("convolve", &convolve, Free());
   module.def("filter_gradient", &filter_gradient, Free());
   module.def("resize", &resize, Free());

@@ -1,4 +1,4 @@
-"""Floor 0, imports the standard library (pybind11 and ninja on use): builds `efficientad._native`.
+"""Builds `efficientad._native`; the standard library alone, pybind11 and ninja on use.
 
 setup.py calls it. It writes a build.ninja, so that nvcc and the host compiler run side by side and
 a rebuild compiles only what changed. It needs neither torch, a GPU, the network nor git.

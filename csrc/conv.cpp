@@ -1,4 +1,4 @@
-// Floor 0, includes host.h: convolutions and what stands between them, split for the threads.
+// Includes host.h: convolutions and what stands between them, split for the threads.
 #include <algorithm>
 
 #include "host.h"

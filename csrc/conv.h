@@ -1,4 +1,4 @@
-// Floor 0, includes the C library only: convolutions of channels-last float images on a CPU.
+// Includes the C library only: convolutions of channels-last float images on a CPU.
 //
 // A convolution is computed in tiles of 4x4 outputs. A tile gives, for each of a number of points,
 // a row of `steps` numbers, which is multiplied with the point's filters:

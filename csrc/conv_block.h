@@ -1,4 +1,4 @@
-// Floor 0, includes conv_parts.h: a share of a convolution, compiled once per level.
+// Includes conv_parts.h: a share of a convolution, compiled once per level.
 #pragma once
 
 #include "conv_parts.h"

@@ -1,4 +1,4 @@
-// Floor 0, includes conv_parts.h: the filters' gradient of a strip of tiles, once per level.
+// Includes conv_parts.h: the filters' gradient of a strip of tiles, once per level.
 #pragma once
 
 #include "conv_parts.h"

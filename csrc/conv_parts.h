@@ -1,4 +1,4 @@
-// Floor 0, includes conv.h: what convolutions and their gradients share, compiled once per level.
+// Includes conv.h: what convolutions and their gradients share, compiled once per level.
 //
 // V is a level's vector: T (its type), kWidth (floats), kRows (rows of a product that stay in
 // registers beside two vectors of filters), and the functions load, store, broadcast, fma, relu.

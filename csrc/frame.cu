@@ -1,4 +1,4 @@
-// Floor 0, includes frame_cuda.h and the CUDA runtime: the frame path's kernels.
+// Includes frame_cuda.h and the CUDA runtime: the frame path's kernels.
 //
 // They do the host twin's arithmetic in its order, so frames come out with the same bits.
 #include <cuda_runtime.h>
@@ -59,40 +59,6 @@ __global__ void __launch_bounds__(kThreads)
   if (owner) store(out.data, ((int64_t)row * line + column) * out.channels + channel, value, kKind);
 }
 
-__device__ float upsampled_row(const Maps& maps, const float* map, int y, int left, int count,
-                               const float* weights) {
-  const float a = map_cell(maps, map, y, left);
-  return count == 1 ? a : between(a, map_cell(maps, map, y, left + 1), weights[0], weights[1]);
-}
-
-__global__ void __launch_bounds__(kThreads)
-    upsample_kernel(Maps maps, Taps rows, Taps columns, float* out) {
-  const int x = blockIdx.x * kThreads + threadIdx.x, y = blockIdx.y;
-  if (x >= columns.size) return;
-  const float* map = maps.data + (int64_t)blockIdx.z * maps.height * maps.width;
-  const int left = columns.spans[2 * x], count = columns.spans[2 * x + 1];
-  const float* weights = columns.weights + (int64_t)x * columns.width;
-  const int top = rows.spans[2 * y];
-  float value = upsampled_row(maps, map, top, left, count, weights);
-  if (rows.spans[2 * y + 1] == 2)
-    value = between(value, upsampled_row(maps, map, top + 1, left, count, weights),
-                    rows.weights[(int64_t)y * rows.width],
-                    rows.weights[(int64_t)y * rows.width + 1]);
-  out[((int64_t)blockIdx.z * rows.size + y) * columns.size + x] = value;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    overlay_kernel(Frame frame, const float* values, Colors colors, uint8_t* out) {
-  const int x = blockIdx.x * kThreads + threadIdx.x, y = blockIdx.y;
-  if (x >= frame.width) return;
-  const float place = place_of(values[(int64_t)y * frame.width + x], colors);
-  const uint8_t* color = colors.table + 3 * color_of(place);
-  const float opacity = opacity_of(place, colors);
-  const uint8_t* from = frame.data + y * frame.pitch + 3 * (int64_t)x;
-  uint8_t* to = out + 3 * ((int64_t)y * frame.width + x);
-  for (int c = 0; c < 3; ++c) to[c] = blended(from[c], color[c], opacity);
-}
-
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
@@ -125,24 +91,6 @@ void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, cons
   kernel<<<grid, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(frame, rows, columns,
                                                                         normal, out);
   check(cudaGetLastError(), "resize_pack");
-}
-
-void upsample(const Maps& maps, const Taps& rows, const Taps& columns, float* out, int device,
-              uintptr_t stream) {
-  const OnDevice on(device);
-  const dim3 grid((columns.size + kThreads - 1) / kThreads, rows.size, maps.count);
-  upsample_kernel<<<grid, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(maps, rows,
-                                                                                columns, out);
-  check(cudaGetLastError(), "upsample");
-}
-
-void overlay(const Frame& frame, const float* values, const Colors& colors, uint8_t* out,
-             int device, uintptr_t stream) {
-  const OnDevice on(device);
-  const dim3 grid((frame.width + kThreads - 1) / kThreads, frame.height);
-  overlay_kernel<<<grid, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(frame, values,
-                                                                               colors, out);
-  check(cudaGetLastError(), "overlay");
 }
 
 }  // namespace efficientad::cuda

@@ -1,4 +1,4 @@
-// Floor 0, includes the C library only: the arithmetic of the frame path, for the GPU and the CPU.
+// Includes the C library only: the arithmetic of the frame path, for the GPU and the CPU.
 //
 // This header is the definition. The CUDA kernels and the portable host level call these functions;
 // the AVX levels do the same operations in the same order, so that every level gives the same bits.
@@ -44,19 +44,6 @@ enum Kind : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 struct Packed {
   void* data;
   int32_t height, width, border, channels, kind;
-};
-
-struct Maps {
-  const float* data;  // (count, height, width)
-  int32_t count, height, width;
-  int32_t padding;  // cells of value `frame` that are imagined on every side
-  float frame;
-};
-
-struct Colors {
-  const uint8_t* table;  // (257, 3): the colour map, and the colour of NaN
-  float low, range;      // place on the scale: (value - low) / range
-  float strength;        // opacity at the high end
 };
 
 namespace {  // internal linkage: a level compiled for AVX-512 must not be linked into another one
@@ -126,33 +113,6 @@ FRAME_FN void store(void* out, int64_t index, float value, int32_t kind) {
 // Both cells are read, whatever their weights, so a NaN shows wherever F.interpolate shows it.
 FRAME_FN float between(float a, float b, float weight_a, float weight_b) {
   return fmaf(weight_b, b, weight_a * a);
-}
-
-FRAME_FN float map_cell(const Maps& maps, const float* map, int32_t y, int32_t x) {
-  y -= maps.padding;
-  x -= maps.padding;
-  const bool inside = y >= 0 && y < maps.height && x >= 0 && x < maps.width;
-  return inside ? map[static_cast<int64_t>(y) * maps.width + x] : maps.frame;
-}
-
-// Place on the colour scale, 0..1; NaN stays NaN.
-FRAME_FN float place_of(float value, const Colors& colors) {
-  const float place = (value - colors.low) / colors.range;
-  return place < 0.0f ? 0.0f : (place > 1.0f ? 1.0f : place);
-}
-
-// Row of the colour table.
-FRAME_FN int32_t color_of(float place) {
-  return place != place ? 256 : static_cast<int32_t>(rintf(place * 255.0f));
-}
-
-FRAME_FN float opacity_of(float place, const Colors& colors) {
-  return colors.strength * (place != place ? 1.0f : sqrtf(place));
-}
-
-FRAME_FN uint8_t blended(uint8_t level, uint8_t color, float opacity) {
-  const float base = static_cast<float>(level);
-  return static_cast<uint8_t>(rintf(base + (static_cast<float>(color) - base) * opacity));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Floor 0, includes host.h: the host twin, split into blocks of rows for the threads.
+// Includes host.h: the host twin, split into blocks of rows for the threads.
 //
 // Rows are resized first and rounded to whole levels, then columns, as Pillow does: so a frame gives
 // the network what it gives the reference. (Where a frame shrinks much more in height than in width,
@@ -136,54 +136,6 @@ void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, cons
                     wide, sums);
       store(sums, y);
     }
-  });
-}
-
-void upsample(const Maps& maps, const Taps& rows, const Taps& columns, float* out) {
-  const Level& level = current();
-  const int64_t width = columns.size, total = static_cast<int64_t>(maps.count) * rows.size;
-  const int64_t cells = static_cast<int64_t>(maps.height) * maps.width;
-  over_rows(total, 16, total * width, [&](int64_t first, int64_t end) {
-    // Map rows that are already as wide as the result; two are kept, found by row number.
-    float* lines = scratch(2 * width);
-    int64_t held[2] = {-1, -1};
-    for (int64_t i = first; i < end; ++i) {
-      const int64_t n = i / rows.size, y = i % rows.size;
-      const float* map = maps.data + n * cells;
-      const auto line = [&](int32_t cell) -> const float* {
-        const int64_t key = n * (maps.height + 2 * maps.padding) + cell;
-        float* to = lines + (key & 1) * width;
-        if (held[key & 1] == key) return to;
-        held[key & 1] = key;
-        for (int64_t x = 0; x < width; ++x) {
-          const int32_t left = columns.spans[2 * x], count = columns.spans[2 * x + 1];
-          const float* weights = columns.weights + x * columns.width;
-          const float a = map_cell(maps, map, cell, left);
-          to[x] = count == 1 ? a
-                             : between(a, map_cell(maps, map, cell, left + 1), weights[0],
-                                       weights[1]);
-        }
-        return to;
-      };
-      const int32_t* span = rows.spans + 2 * y;
-      const float* a = line(span[0]);
-      if (span[1] == 1)
-        memcpy(out + i * width, a, width * sizeof(float));
-      else
-        level.blend(a, line(span[0] + 1), rows.weights[y * rows.width],
-                    rows.weights[y * rows.width + 1], width, out + i * width);
-    }
-  });
-}
-
-void overlay(const Frame& frame, const float* map, const Colors& colors, uint8_t* out) {
-  const Level& level = current();
-  const int64_t width = frame.width;
-  const int64_t values = 8 * width * frame.height;  // a pixel costs as much as 8 of the others
-  over_rows(frame.height, 16, values, [&](int64_t first, int64_t end) {
-    for (int64_t y = first; y < end; ++y)
-      level.overlay(frame.data + y * frame.pitch, map + y * width, width, colors,
-                    out + 3 * y * width);
   });
 }
 

@@ -1,4 +1,4 @@
-// Floor 0, includes level.h: the host twin, split over threads.
+// Includes level.h: the host twin, split over threads.
 #pragma once
 
 #include <functional>
@@ -15,8 +15,6 @@ void set_level(const std::string& name);    // "" is the best; throws std::inval
 
 void resize_pack(const Frame& frame, const Taps& rows, const Taps& columns, const Normal& normal,
                  const Packed& out);
-void upsample(const Maps& maps, const Taps& rows, const Taps& columns, float* out);
-void overlay(const Frame& frame, const float* values, const Colors& colors, uint8_t* out);
 
 // Convolutions (conv.cpp), on at most `threads` threads. resize: bilinear without antialias, rows
 // of x dense. mean_square: of every pixel's channels, all dense.

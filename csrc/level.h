@@ -1,4 +1,4 @@
-// Floor 0, includes frame.h and conv.h: what each level of vector instructions supplies.
+// Includes frame.h and conv.h: what each level of vector instructions supplies.
 //
 // No C++ library here: what an AVX source instantiates of it could be linked into other code.
 #pragma once
@@ -10,7 +10,7 @@ namespace efficientad {
 
 constexpr int kRows = 8;  // rows that are resized together: enough sums to hide an addition's time
 
-// The functions of one instruction set. All levels give the same bits of frames and maps.
+// The functions of one instruction set. All levels give the same bits of a frame.
 struct Level {
   const char* name;
   // out[i] = column_sum(at + i, ...) for i < n.
@@ -29,9 +29,6 @@ struct Level {
   // out[i] = between(a[i], b[i], weight_a, weight_b) for i < n.
   void (*blend)(const float* a, const float* b, float weight_a, float weight_b, int64_t n,
                 float* out);
-  // Colours of n map values over n RGB pixels.
-  void (*overlay)(const uint8_t* frame, const float* values, int64_t n, const Colors& colors,
-                  uint8_t* out);
   // One share of a convolution; scratch: 64-byte aligned, scratch_of() floats.
   void (*convolve)(const Convolution& convolution, const Share& share, float* scratch);
   // The gradient of the filters of minimal filtering; y holds the outputs' gradient.

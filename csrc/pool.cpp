@@ -1,4 +1,4 @@
-// Floor 0, includes host.h: the kept threads of the host twin.
+// Includes host.h: the kept threads of the host twin.
 //
 // Threads start with the first work, never at import. A child of fork() has none of its parent's
 // threads: it forgets the pool, locks included, and starts its own when it has work.

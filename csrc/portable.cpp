@@ -1,4 +1,4 @@
-// Floor 0, includes rows.h and conv_*.h: the level of every processor.
+// Includes rows.h and conv_*.h: the level of every processor.
 #include "conv_block.h"
 #include "conv_gradient.h"
 #include "rows.h"
@@ -30,7 +30,6 @@ extern const Level kPortable = {
     pixels_loop,
     pack_loop,
     blend_loop,
-    overlay_loop,
     convolve_share<Vector>,
     gradient_rows<Vector>,
     gradient_products<Vector>,

@@ -1,4 +1,4 @@
-// Floor 0, includes level.h: row functions written as plain loops, compiled once per level.
+// Includes level.h: row functions written as plain loops, compiled once per level.
 //
 // The portable level is these loops as they stand. The AVX levels take the ones that the compiler
 // turns into vectors by itself and write the others out (avx.h).
@@ -54,31 +54,6 @@ void pack_loop(const float* from, int64_t n, const Normal& normal, int32_t chann
 void blend_loop(const float* a, const float* b, float weight_a, float weight_b, int64_t n,
                 float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = between(a[i], b[i], weight_a, weight_b);
-}
-
-// Runs of 64 pixels: first what the compiler can do with vectors, then the look-up of colours.
-void overlay_loop(const uint8_t* frame, const float* values, int64_t n, const Colors& colors,
-                  uint8_t* out) {
-  constexpr int kRun = 64;
-  float opacity[kRun];
-  int32_t color[kRun];
-  for (int64_t start = 0; start < n; start += kRun, frame += 3 * kRun, out += 3 * kRun) {
-    const int run = static_cast<int>(n - start < kRun ? n - start : kRun);
-    float highest = 0.0f;
-    for (int i = 0; i < run; ++i) {
-      const float place = place_of(values[start + i], colors);
-      opacity[i] = opacity_of(place, colors);
-      color[i] = color_of(place);
-    }
-    for (int i = 0; i < run; ++i) highest = opacity[i] > highest ? opacity[i] : highest;
-    if (highest == 0.0f) {  // nothing to see: most of a good part
-      memcpy(out, frame, 3 * run);
-      continue;
-    }
-    for (int i = 0; i < run; ++i)
-      for (int c = 0; c < 3; ++c)
-        out[3 * i + c] = blended(frame[3 * i + c], colors.table[3 * color[i] + c], opacity[i]);
-  }
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Floor 0, includes host.h: where an output cell reads and with which weights.
+// Includes host.h: where an output cell reads and with which weights.
 #include <math.h>
 
 #include <algorithm>

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientad.ops import frame_path as frames
-from efficientad.ops.frame_native import module
+from efficientad.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTERS = 64  # of 256 threads: 4 blocks on a multiprocessor
@@ -163,17 +162,17 @@ def test_kernels_compile_for_every_architecture_without_spills(build, tmp_path):
     assert done.returncode == 0, done.stderr
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)", done.stderr)
     assert {int(number) for _, number in kernels} == set(numbers)
-    assert len(kernels) == 5 * len(numbers)  # three dtypes of resize_pack, upsample, overlay
+    assert len(kernels) == 3 * len(numbers)  # a dtype each
     assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) <= REGISTERS
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(spills) >= len(kernels)
     assert set(spills) == {("0", "0")}
 
 
-@pytest.mark.skipif(not frames.native_available(), reason="efficientad._native is not built")
+@pytest.mark.skipif(not native.available(), reason="efficientad._native is not built")
 def test_the_module_needs_neither_torch_nor_a_driver():
     """It loads alone, and names no library of torch or CUDA."""
-    path = module().__file__
+    path = native.module().__file__
     assert path.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
     data = Path(path).read_bytes()
     for library in (b"libtorch", b"libc10", b"libcudart.so"):
@@ -186,4 +185,6 @@ spec.loader.exec_module(native)
 print(native.level(), len(__import__("os").listdir("/proc/self/task")))
 """
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == [module().levels()[0], "1"], done.stderr  # no thread at import
+    assert done.stdout.split() == [native.module().levels()[0], "1"], (
+        done.stderr
+    )  # no thread at import

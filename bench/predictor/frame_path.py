@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 
 from bench import record
-from efficientad.ops import frame_path as frames
+from efficientad.ops import native
+from efficientad.ops.frame_path import resize_pack
 
 SIZES = ((480, 640), (1024, 1024), (2048, 2448))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,21 +55,21 @@ def measure(height: int, width: int, threads: int, size: int, seconds: float) ->
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     same = torch.empty(size, size, 3)
     half = torch.empty(size, size, 4, dtype=torch.float16)
-    frames.set_threads(threads)
+    native.set_threads(threads)
 
-    def native() -> torch.Tensor:
-        return frames.resize_pack(
+    def ours() -> torch.Tensor:
+        return resize_pack(
             frame, (size, size), MEAN, STD, channels=3, dtype=torch.float32, out=same
         )
 
-    def native_half() -> torch.Tensor:
-        return frames.resize_pack(frame, (size, size), MEAN, STD, out=half)
+    def ours_half() -> torch.Tensor:
+        return resize_pack(frame, (size, size), MEAN, STD, out=half)
 
-    error = float((abs(native().numpy() - pillow(frame, size)) * np.array(STD)).max() * 255)
-    halves = (native_half()[..., :3].float() - native()).abs().max()
+    error = float((abs(ours().numpy() - pillow(frame, size)) * np.array(STD)).max() * 255)
+    halves = (ours_half()[..., :3].float() - ours()).abs().max()
     if error > LIMIT or halves > 2e-3:
         raise SystemExit(f"{height}x{width}: off by {error} levels, float16 by {halves}; no times")
-    calls = {"pillow": lambda: pillow(frame, size), "native": native, "native_half": native_half}
+    calls = {"pillow": lambda: pillow(frame, size), "native": ours, "native_half": ours_half}
     row = {"height": height, "width": width, "threads": threads, "error": round(error, 3)}
     for name, times in in_turn(calls, seconds).items():
         low, median, high = statistics.quantiles(times, n=4)
@@ -87,14 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2, help="per row")
     parser.add_argument("--json", type=Path, metavar="PATH")
     options = parser.parse_args(arguments)
-    if not frames.native_available():
-        raise SystemExit(f"there is nothing to measure: {frames.native_info()['reason']}")
+    if not native.available():
+        raise SystemExit(f"there is nothing to measure: {native.info()['reason']}")
     rows = [
         measure(*frame, threads, options.size, options.seconds)
         for frame in SIZES
         for threads in options.threads
     ]
-    frames.set_threads(0)
+    native.set_threads(0)
     print(f"{'frame':>11} threads  Pillow+numpy   float32 RGB       float16 RGBX    GB/s  error")
     for row in rows:
         print(
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             f" {row['gb_s']:>6.1f} {row['error']:>6.2f}"
         )
     if options.json:
-        record.write(options.json, record.about() | {"frame_path": frames.native_info()}, rows)
+        record.write(options.json, record.about() | {"frame_path": native.info()}, rows)
     return 0
 
 

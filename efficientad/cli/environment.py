@@ -13,7 +13,7 @@ from efficientad.checkpoint.teachers import default_teacher_facts
 from efficientad.fast.backends import KernelBackend
 from efficientad.fast.folded_network import network_name
 from efficientad.fast.options import choose_dtype
-from efficientad.ops.frame_path import native_info
+from efficientad.ops import native
 from efficientad.ops.fused import choose_backend
 
 
@@ -39,11 +39,11 @@ def environment() -> dict[str, Any]:
         facts["default teacher"] = default_teacher_facts()["license"]
     except FileNotFoundError:
         facts["default teacher"] = "not there; `train` needs --teacher"
-    native = native_info()
+    frames = native.info()
     facts["frame path"] = (
-        f"compiled, {native['level']}, {native['threads']} threads; CUDA code for "
-        f"{', '.join(f'sm_{n}' for n in native['cuda']) or 'no device'}"
-        if native["available"]
-        else f"torch: {native['reason']}"
+        f"compiled, {frames['level']}, {frames['threads']} threads; CUDA code for "
+        f"{', '.join(f'sm_{n}' for n in frames['cuda']) or 'no device'}"
+        if frames["available"]
+        else f"torch: {frames['reason']}"
     )
     return facts

@@ -2,7 +2,7 @@
 
 A `Layer` keeps the filters of a convolution in the order in which `_native` (csrc/conv.h) reads
 them, transformed for minimal filtering where that saves multiplications. Images are channels last,
-(N, H, W, C). Nothing here has a gradient; `fast_conv.convolve` has.
+(N, H, W, C). Nothing here has a gradient; `differentiable_conv.convolve` has.
 """
 
 from __future__ import annotations
@@ -11,12 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efficientad.ops import native
 from efficientad.ops.winograd import axis_transforms, transforms
-
-try:
-    from efficientad import _native
-except ImportError:  # not built; `frame_native.native_info` says why
-    _native = None
 
 PANEL = 32  # output channels that are computed together
 FEW_CHANNELS = 16  # below, the transforms of the input cost more than they save
@@ -24,7 +20,7 @@ FEW_CHANNELS = 16  # below, the transforms of the input cost more than they save
 
 def available() -> bool:
     """Whether the compiled convolutions are there."""
-    return hasattr(_native, "convolve")  # a module built before them has none
+    return hasattr(native.module(), "convolve")  # a module built before them has none
 
 
 class Layer:
@@ -90,7 +86,7 @@ class Layer:
         inputs, outputs = 0, 0  # no transforms
         if not self.direct:
             inputs, outputs = (matrix.data_ptr() for matrix in axis_transforms(self.kernel))
-        _native.convolve(
+        native.module().convolve(
             *_pixels(x, "x"), (self.kernel, self.step, self.padding), self._filters.data_ptr(),
             self._bias.data_ptr(), inputs, outputs, *_pixels(out, "out"), add, self.relu,
             self.pool, self.pool_padding, torch.get_num_threads(),
@@ -115,7 +111,7 @@ def filter_gradient(x: Tensor, gradient: Tensor, kernel: int) -> Tensor:
     inputs, outputs = axis_transforms(kernel)
     filters = transforms(kernel, torch.float32)[1]
     products = x.new_empty(len(filters), channels, _panels(out_channels) * PANEL)
-    _native.filter_gradient(
+    native.module().filter_gradient(
         *_pixels(x, "x"), kernel, inputs.data_ptr(), outputs.data_ptr(),
         *_pixels(gradient, "gradient"), products.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -127,7 +123,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize without antialias, as F.interpolate: x (N, H, W, C) -> (N, *size, C)."""
     x = x.contiguous()
     y = x.new_empty(len(x), *size, x.shape[3])
-    _native.resize(*_pixels(x, "x"), *_pixels(y, "y"), torch.get_num_threads())
+    native.module().resize(*_pixels(x, "x"), *_pixels(y, "y"), torch.get_num_threads())
     return y
 
 
@@ -136,7 +132,7 @@ def mean_square(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(x.shape[:3])
     data, _, shape = _pixels(x, "x")
-    _native.mean_square(data, y.numel(), shape[3], y.data_ptr(), torch.get_num_threads())
+    native.module().mean_square(data, y.numel(), shape[3], y.data_ptr(), torch.get_num_threads())
     return y
 
 

@@ -1,9 +1,9 @@
 """Differentiable convolutions of a CPU.
 
 For training, where the same large convolutions run forward and twice backward: with the compiled
-code (native_conv.py) in float32, else by the same arithmetic in torch. A convolution of 3x3 or 4x4
-is a sum of 36 or 49 matrix products over tiles of 4x4 outputs (winograd.py), with 4 or 5.2 times
-fewer multiplications than by definition, in the gradients too. Images are channels last,
+code (compiled_conv.py) in float32, else by the same arithmetic in torch. A convolution of 3x3 or
+4x4 is a sum of 36 or 49 matrix products over tiles of 4x4 outputs (winograd.py), with 4 or 5.2
+times fewer multiplications than by definition, in the gradients too. Images are channels last,
 (N, H, W, C), so that tiles are copied by whole pixels.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientad.ops import compiled_conv as native_conv
+from efficientad.ops import compiled_conv
 from efficientad.ops.winograd import OUT, transforms
 
 STRIP_BYTES = 12 * 2**20  # of intermediate values at a time in torch, a share of the last cache
@@ -40,7 +40,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
         return torch.relu(y) if relu else y
     if kernel not in (3, 4) or weight.shape[3] != kernel:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; its kernel must be 1, 3 or 4")
-    if native_conv.available() and x.dtype == torch.float32:
+    if compiled_conv.available() and x.dtype == torch.float32:
         function = _Compiled
     else:
         function = _Patches if x.shape[3] == 3 and not x.requires_grad else _Winograd
@@ -52,7 +52,7 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        y = native_conv.Layer(weight, bias, relu=relu)(x)
+        y = compiled_conv.Layer(weight, bias, relu=relu)(x)
         ctx.save_for_backward(x, weight, y if relu else None)
         return y
 
@@ -67,11 +67,11 @@ class _Compiled(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:  # a convolution too, with the filters turned round
             turned = weight.transpose(0, 1).flip(2, 3)
-            d_x = native_conv.Layer(turned, None, padding=kernel - 1)(grad)
-        if channels < native_conv.FEW_CHANNELS:
+            d_x = compiled_conv.Layer(turned, None, padding=kernel - 1)(grad)
+        if channels < compiled_conv.FEW_CHANNELS:
             d_weight = _patches_gradient(_patches(x, kernel), grad, weight.shape)
         else:
-            d_weight = native_conv.filter_gradient(x, grad, kernel)
+            d_weight = compiled_conv.filter_gradient(x, grad, kernel)
         return d_x, d_weight, grad.sum((0, 1, 2)), None
 
 

@@ -1,14 +1,15 @@
-"""The frame path, checked.
+"""The frame path: camera frames to network inputs.
 
-Camera frames to network inputs, and maps back to frames. The work is done by `efficientad._native`
-(csrc/), on the CPU or on the CUDA device where the data lies; without it by torch and numpy, which
-are the definition.
+The work is done by `efficientad._native` (csrc/), on the CPU or on the CUDA device where the frame
+lies; without it by torch, which is the definition. The compiled code allocates nothing and caches
+nothing: the tables of where an output cell reads are kept here, on the host and on each device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,27 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientad.ops.frame_native import (
-    color_table,
-    keep,
-    module,
-    native_available,
-    native_info,
-    place,
-    set_threads,
-    taps,
-    use_native,
-)
-from efficientad.results import overlay as colors
-
-__all__ = [
-    "native_available",
-    "native_info",
-    "overlay",
-    "resize_pack",
-    "set_threads",
-    "upsample_map",
-]
+from efficientad.ops import native
 
 MAX_SIDE = 32768  # pixels; a CUDA grid has at most 65535 rows
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/frame.h
@@ -60,7 +41,7 @@ def _three(name: str, values: Sequence[float] | Tensor, lowest: float) -> tuple[
     return numbers
 
 
-def _frame(frame: np.ndarray | Tensor, grey: bool) -> tuple[Any, int, int, torch.device]:
+def _frame(frame: np.ndarray | Tensor) -> tuple[Any, int, int, torch.device]:
     """(frame with contiguous pixels, address, row pitch in bytes, device)."""
     if isinstance(frame, Tensor):
         uint8, device, strides = frame.dtype == torch.uint8, frame.device, frame.stride()
@@ -68,11 +49,11 @@ def _frame(frame: np.ndarray | Tensor, grey: bool) -> tuple[Any, int, int, torch
         frame = np.asarray(frame)
         uint8, device, strides = frame.dtype == np.uint8, torch.device("cpu"), frame.strides
     shape = tuple(frame.shape)
-    shaped = (len(shape) == 3 and shape[2] == 3) or (grey and len(shape) == 2)
+    shaped = len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)
     if not uint8 or not shaped or not all(1 <= side <= MAX_SIDE for side in shape[:2]):
-        also = " or (H, W)" if grey else ""
         raise ValueError(
-            f"frame is {frame.dtype} {shape}; it must be uint8 (H, W, 3){also}, sides 1..{MAX_SIDE}"
+            f"frame is {frame.dtype} {shape}; it must be uint8 (H, W, 3) or (H, W), sides "
+            f"1..{MAX_SIDE}"
         )
     pixel = 3 if len(shape) == 3 else 1
     inner = (pixel, 1) if pixel == 3 else (1,)
@@ -143,7 +124,7 @@ def resize_pack(
     Raises:
         ValueError: an argument that is not as above, or "native" where it is not built.
     """
-    frame, address, pitch, device = _frame(frame, grey=True)
+    frame, address, pitch, device = _frame(frame)
     height, width = _check_size("size", size)
     mean, std = _three("mean", mean, -math.inf), _three("std", std, 0)
     if not 0 <= border <= 1024:
@@ -155,15 +136,15 @@ def resize_pack(
     shape = (height + 2 * border, width + 2 * border, channels)
     if out is not None:
         _check_out(out, shape, dtype, device)
-    if not use_native(backend, device):
+    if not _use_native(backend, device):
         result = _resize_pack_torch(frame, (height, width), mean, std, border, channels, dtype)
         return result if out is None else out.copy_(result)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
-    rows, _rows_table = taps(frame.shape[0], height, True, device)
-    columns, _columns_table = taps(frame.shape[1], width, True, device)
+    rows, _rows_table = taps(frame.shape[0], height, device)
+    columns, _columns_table = taps(frame.shape[1], width, device)
     layers = 3 if frame.ndim == 3 else 1
-    module().resize_pack(
+    native.module().resize_pack(
         address, pitch, frame.shape[0], frame.shape[1], layers, rows, columns, mean, std,
         out.data_ptr(), border, channels, KINDS[dtype], *place(device),
     )  # fmt: skip
@@ -182,123 +163,90 @@ def _resize_pack_torch(frame, size, mean, std, border, channels, dtype) -> Tenso
     return F.pad(x, (0, channels - 3, border, border, border, border)).to(dtype)
 
 
-def upsample_map(
-    anomaly_map: np.ndarray | Tensor,
-    size: tuple[int, int],
-    *,
-    padding: int = 0,
-    frame: float = 0.0,
-    out: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Resize a map to the size of its source: bilinear, F.interpolate with align_corners=False.
-
-    Args:
-        anomaly_map: float32 (h, w) or (N, h, w), array or tensor.
-        size: (height, width) of the result.
-        padding, frame: cells of the value `frame` put on every side before the resize.
-        out: where the result goes, contiguous; None allocates it.
-        backend: as in `resize_pack`.
-
-    Returns:
-        float32 (height, width) or (N, height, width), on the map's device. NaN spreads to every
-        pixel that its cell reaches.
-
-    Raises:
-        ValueError: an argument that is not as above.
-    """
-    maps = _as_tensor(anomaly_map)
-    if maps.dtype != torch.float32 or maps.dim() not in (2, 3) or 0 in maps.shape[-2:]:
-        raise ValueError(
-            f"anomaly_map is {maps.dtype} {tuple(maps.shape)}; it must be float32 (h, w) or "
-            "(N, h, w), not empty"
-        )
-    height, width = _check_size("size", size)
-    if not 0 <= padding <= MAX_SIDE or max(maps.shape[-2:]) + 2 * padding > MAX_SIDE:
-        raise ValueError(
-            f"padding is {padding}; it must be 0 or more, and the padded map at most {MAX_SIDE}"
-        )
-    count = len(maps) if maps.dim() == 3 else 1
-    if count > 65535:  # of a CUDA grid
-        raise ValueError(f"anomaly_map holds {count} maps; at most 65535")
-    shape, device = (*maps.shape[:-2], height, width), maps.device
-    if out is not None:
-        _check_out(out, shape, torch.float32, device)
-    resized = any(n + 2 * padding != m for n, m in zip(maps.shape[-2:], size, strict=True))
-    if not use_native(backend, device) or not resized:  # torch copies what has the size already
-        if not count:
-            return torch.empty(shape, device=device) if out is None else out
-        x = F.pad(maps.reshape(1, count, *maps.shape[-2:]), (padding,) * 4, value=frame)
-        result = F.interpolate(x, size=(height, width), mode="bilinear").reshape(shape)
-        return result if out is None else out.copy_(result)
-    if out is None:
-        out = torch.empty(shape, device=device)
-    if count:
-        maps = maps.contiguous()
-        h, w = maps.shape[-2:]
-        rows, _rows_table = taps(h + 2 * padding, height, False, device)
-        columns, _columns_table = taps(w + 2 * padding, width, False, device)
-        module().upsample(
-            maps.data_ptr(), count, h, w, padding, frame, rows, columns, out.data_ptr(),
-            *place(device),
-        )  # fmt: skip
-    return out
+# ---- the compiled path and its tables --------------------------------------------------------
 
 
-def overlay(
-    frame: np.ndarray | Tensor,
-    anomaly_map: np.ndarray | Tensor,
-    scale: tuple[float, float],
-    *,
-    strength: float = 0.8,
-    backend: str | None = None,
-) -> np.ndarray | Tensor:
-    """Blend a map's colours over its frame, as `results.overlay.overlay` without the outline.
-
-    Args:
-        frame: uint8 (H, W, 3), RGB, array or tensor.
-        anomaly_map: float32 (H, W), the frame's size (see `upsample_map`), on the frame's device.
-        scale: (low, high) ends of the colours, from `results.overlay.map_scale`. Pixels up to
-            low stay as they are; NaN is shown in a colour of its own, at full strength.
-        strength: opacity at the high end, 0..1.
-        backend: as in `resize_pack`.
-
-    Returns:
-        uint8 (H, W, 3), new; a tensor if the frame is one.
-
-    Raises:
-        ValueError: an argument that is not as above.
-    """
-    frame, address, pitch, device = _frame(frame, grey=False)
-    maps = _as_tensor(anomaly_map)
-    if maps.dtype != torch.float32 or maps.shape != frame.shape[:2] or maps.device != device:
-        raise ValueError(
-            f"anomaly_map is {maps.dtype} {tuple(maps.shape)} on {maps.device}; it must be float32 "
-            f"{tuple(frame.shape[:2])} on {device}, as the frame"
-        )
-    low, high = (float(end) for end in scale)
-    if not low < high or not math.isfinite(high - low):
-        raise ValueError(f"scale is {scale}; it must be finite (low, high) with low < high")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}; it must be in 0..1")
-    as_tensor = isinstance(frame, Tensor)
-    if not use_native(backend, device):
-        blend = _overlay_numpy(
-            _as_tensor(frame).cpu().numpy(), maps.cpu().numpy(), low, high, strength
-        )
-        return torch.from_numpy(blend).to(device) if as_tensor else blend
-    maps, (table,) = maps.contiguous(), keep(color_table(device), device)
-    out = torch.empty(tuple(frame.shape), dtype=torch.uint8, device=device)
-    module().overlay(
-        address, pitch, *frame.shape[:2], maps.data_ptr(), table.data_ptr(), low, high - low,
-        strength, out.data_ptr(), *place(device),
-    )  # fmt: skip
-    return out if as_tensor else out.numpy()
+def _use_native(backend: str | None, device: torch.device) -> bool:
+    """Whether the compiled path is taken; ValueError where it is asked for and cannot be."""
+    if backend not in (None, "native", "torch"):
+        raise ValueError(f"backend is {backend!r}; it must be None, 'native' or 'torch'")
+    missing = None
+    if not native.available():
+        reason = native.info()["reason"]
+        missing = f"efficientad._native is not there ({reason}); {native.FIX}"
+    elif device.type not in ("cpu", "cuda"):
+        missing = f"the data is on {device}; efficientad._native runs on cpu and cuda"
+    elif device.type == "cuda":
+        missing = _cuda_problem(device)
+    if backend == "native" and missing:
+        raise ValueError(f"backend is 'native', but {missing}")
+    return backend != "torch" and not missing
 
 
-def _overlay_numpy(frame, values, low, high, strength) -> np.ndarray:
-    at = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
-    alpha = np.float32(strength) * np.sqrt(np.where(np.isnan(at), 1, at))[..., None]
-    base = frame.astype(np.float32)
-    colored = colors.colorize(values, (low, high))
-    return np.rint(base + (colored - base) * alpha).astype(np.uint8)
+@cache
+def _cuda_problem(device: torch.device) -> str:
+    """Why the compiled path does not run on a CUDA device, or "". Found out once, by a launch."""
+    compiled = native.info()["cuda"]
+    if not compiled:
+        return f"the data is on {device}; efficientad._native has no CUDA, {native.FIX} and nvcc"
+    major, minor = torch.cuda.get_device_capability(device)
+    same = any(n // 10 == major and n % 10 <= minor for n in compiled)
+    if not same and 10 * major + minor < compiled[-1]:  # the last one's PTX serves later devices
+        names = ", ".join(f"sm_{n}" for n in compiled)
+        return f"{device} is sm_{major}{minor}; efficientad._native is compiled for {names}"
+    (one, _table), pixel = taps(1, 1, device), torch.zeros(1, dtype=torch.uint8, device=device)
+    out, ones = torch.empty(4, device=device), (1.0, 1.0, 1.0)
+    frame, packed = (pixel.data_ptr(), 1, 1, 1, 1), (out.data_ptr(), 0, 4, KINDS[out.dtype])
+    try:
+        native.module().resize_pack(*frame, one, one, ones, ones, *packed, *place(device))
+    except RuntimeError as error:  # a driver older than the toolkit that compiled it
+        return f"efficientad._native does not run on {device}: {error}"
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _host_table(source: int, target: int) -> tuple[Tensor, Tensor]:
+    width = native.module().taps_width(source, target, True)
+    spans = torch.empty(target, 2, dtype=torch.int32)
+    weights = torch.empty(target, width)
+    native.module().fill_taps(source, target, True, spans.data_ptr(), weights.data_ptr())
+    return spans, weights
+
+
+@lru_cache(maxsize=64)
+def _device_table(source: int, target: int, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(part.to(device) for part in _host_table(source, target))
+
+
+_captured: dict[int, Any] = {}  # tables that a CUDA graph reads, kept as long as the process
+
+
+def _keep(table: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The table, which stays until the current stream's work or graph has read it: another stream
+    may have made it, and another thread's new sizes may drop it meanwhile."""
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            _captured[id(table)] = table
+        else:
+            for part in table:
+                part.record_stream(torch.cuda.current_stream(device))
+    return table
+
+
+def taps(source: int, target: int, device: torch.device) -> tuple:
+    """((spans, weights, width, size) as `_native` takes a side of a resize, the tensors of it)."""
+    if device.type == "cpu":
+        table = _host_table(source, target)
+    else:
+        table = _keep(_device_table(source, target, device), device)
+    spans, weights = table
+    # The tensors go along, so that another thread's new sizes cannot free them under the work.
+    return (spans.data_ptr(), weights.data_ptr(), weights.shape[1], target), table
+
+
+def place(device: torch.device) -> tuple[int, int]:
+    """(CUDA device or -1, its current stream) for `_native`."""
+    if device.type == "cpu":
+        return -1, 0
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream

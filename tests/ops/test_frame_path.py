@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from efficientad.ops import frame_native, reference
-from efficientad.ops import frame_path as frames
-from efficientad.results import overlay as colors
+from efficientad.ops import frame_path, native, reference
+from efficientad.ops.frame_path import resize_pack
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # the result is the level / 255
@@ -29,9 +27,7 @@ PILLOW, TORCH = 0.01, 0.1
 HALF_STEP = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 0}
 LEVELS = ("portable", "avx2", "avx512")
 SENTINEL = 0x5A
-needs_native = pytest.mark.skipif(
-    not frames.native_available(), reason="efficientad._native is not built"
-)
+needs_native = pytest.mark.skipif(not native.available(), reason="efficientad._native is not built")
 BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
 
 
@@ -73,7 +69,7 @@ def level():
     """Sets the level of vector instructions; skips one that the processor does not have."""
 
     def choose(name: str) -> None:
-        module = frame_native.module()
+        module = native.module()
         if module is None:
             pytest.skip("efficientad._native is not built")
         if name not in module.levels():
@@ -81,8 +77,8 @@ def level():
         module.set_level(name)
 
     yield choose
-    if frames.native_available():
-        frame_native.module().set_level("")
+    if native.available():
+        native.module().set_level("")
 
 
 @needs_native
@@ -95,7 +91,7 @@ def test_thirty_random_sizes_are_pillow(seed):
         frame = image(rng, *source, grey=i % 5 == 1)
         border = int(rng.integers(0, 4)) if i % 4 == 3 else 0
         frame = pitched(rng, frame) if i % 2 else frame
-        result = frames.resize_pack(
+        result = resize_pack(
             frame, target, **UNIT, channels=3 + i % 2, dtype=torch.float32, border=border
         ).numpy()
         inner = result[border : border + target[0], border : border + target[1], :3] * 255
@@ -124,8 +120,8 @@ def test_native_is_torch(source, target, grey):
     rng = np.random.default_rng(1)
     frame = pitched(rng, image(rng, *source, grey))
     options = {"channels": 3, "dtype": torch.float32}
-    native = frames.resize_pack(frame, target, **UNIT, **options, backend="native")
-    torch_ = frames.resize_pack(frame, target, **UNIT, **options, backend="torch")
+    native = resize_pack(frame, target, **UNIT, **options, backend="native")
+    torch_ = resize_pack(frame, target, **UNIT, **options, backend="torch")
     error = (native - torch_).abs() * 255
     assert error.max() <= 1.001
     assert (error > 0.5).float().mean() <= TORCH
@@ -134,9 +130,7 @@ def test_native_is_torch(source, target, grey):
 @needs_native
 def test_taps_are_the_triangle_filter_in_float64():
     for source, target in [(1, 1), (7, 3), (3, 7), (640, 256), (2448, 256), (16384, 1), (255, 256)]:
-        (_, _, width, _), (spans, weights) = frame_native.taps(
-            source, target, True, torch.device("cpu")
-        )
+        (_, _, width, _), (spans, weights) = frame_path.taps(source, target, torch.device("cpu"))
         ends = spans[:, 0] + spans[:, 1]
         assert (spans.diff(dim=0)[:, 0] >= 0).all()  # blocks of outputs read blocks of the source
         assert (ends.diff() >= 0).all()
@@ -169,7 +163,7 @@ def test_a_frame_of_the_size_gives_the_bits_of_reference_pack(level, name, borde
         )[0]  # fmt: skip
         backend = "torch" if name == "torch" else "native"
         for channels in (3, 4):
-            have = frames.resize_pack(
+            have = resize_pack(
                 frame, frame.shape[:2], mean, STD,
                 border=border, channels=channels, dtype=dtype, backend=backend,
             )  # fmt: skip
@@ -183,7 +177,7 @@ def test_a_frame_of_the_size_gives_the_bits_of_the_triton_kernel(device):
     mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
     target = 80 if device == "cpu" else None
     want = kernels.pack(frame[None], mean, std, channels_last=True, border=2, target=target)[0]
-    have = frames.resize_pack(frame, (19, 33), MEAN, STD, border=2)
+    have = resize_pack(frame, (19, 33), MEAN, STD, border=2)
     assert torch.equal(have, want)
 
 
@@ -194,24 +188,14 @@ def test_levels_give_the_same_bits(level, name):
     cases = [((31, 45), (16, 16)), ((1, 1), (3, 5)), ((200, 301), (64, 50)), ((97, 64), (97, 20))]
     for source, target in cases:
         for channels in (3, 4):
-            for dtype in frames.KINDS:
+            for dtype in frame_path.KINDS:
                 frame = pitched(rng, image(rng, *source, grey=channels == 3 and source[0] > 90))
                 both = []
                 for one in ("portable", name):
                     level(one)
                     options = {"channels": channels, "dtype": dtype, "border": 1}
-                    both.append(frames.resize_pack(frame, target, MEAN, STD, **options))
+                    both.append(resize_pack(frame, target, MEAN, STD, **options))
                 assert torch.equal(*both), (source, target, dtype)
-        values = torch.from_numpy(rng.normal(0.1, 0.2, source).astype(np.float32))
-        values[0, 0] = torch.nan
-        both, blends = [], []
-        for one in ("portable", name):
-            level(one)
-            both.append(frames.upsample_map(values, (133, 141), padding=2, frame=0.5))
-            frame = image(np.random.default_rng(5), *source)
-            blends.append(frames.overlay(frame, values, (0.0, 0.3)))
-        assert torch.equal(both[0].nan_to_num(9), both[1].nan_to_num(9))
-        np.testing.assert_array_equal(*blends)
 
 
 @needs_native
@@ -223,9 +207,9 @@ def test_float16_and_bfloat16_round_to_nearest_even(level, name):
     for std in (1.0, 3e-6, 1e-5, 1e4, 3e6, 1.6e7, 1e9):
         for mean in (0.0, 0.5, 1.0):
             three = ([mean] * 3, [std] * 3)
-            wide = frames.resize_pack(frame, (16, 16), *three, dtype=torch.float32)
+            wide = resize_pack(frame, (16, 16), *three, dtype=torch.float32)
             for dtype in (torch.float16, torch.bfloat16):
-                have = frames.resize_pack(frame, (16, 16), *three, dtype=dtype)
+                have = resize_pack(frame, (16, 16), *three, dtype=dtype)
                 assert torch.equal(have, wide.to(dtype)), (std, mean, dtype)
 
 
@@ -233,29 +217,24 @@ def test_float16_and_bfloat16_round_to_nearest_even(level, name):
 @pytest.mark.parametrize("channels", [3, 4])
 def test_all_of_out_is_written_and_nothing_around_it(backend, channels):
     rng = np.random.default_rng(6)
-    for dtype in frames.KINDS:
+    for dtype in frame_path.KINDS:
         for target, border in [((5, 7), 0), ((1, 1), 2), ((16, 8), 3), ((9, 33), 1)]:
             shape = (3, target[0] + 2 * border, target[1] + 2 * border, channels)
             batch = torch.full(shape, torch.nan, dtype=dtype)
             frame = image(rng, 40, 23)
             options = {"border": border, "channels": channels, "dtype": dtype, "backend": backend}
-            result = frames.resize_pack(frame, target, MEAN, STD, **options, out=batch[1])
+            result = resize_pack(frame, target, MEAN, STD, **options, out=batch[1])
             assert result.data_ptr() == batch[1].data_ptr()
-            assert torch.equal(batch[1], frames.resize_pack(frame, target, MEAN, STD, **options))
+            assert torch.equal(batch[1], resize_pack(frame, target, MEAN, STD, **options))
             assert batch[0].isnan().all()
             assert batch[2].isnan().all()
-    maps = torch.full((3, 30, 41), torch.nan)
-    frames.upsample_map(torch.rand(4, 6), (30, 41), out=maps[1], backend=backend)
-    assert not maps[1].isnan().any()
-    assert maps[0].isnan().all()
-    assert maps[2].isnan().all()
 
 
 @needs_native
 def test_layouts_of_a_frame_do_not_matter():
     rng = np.random.default_rng(7)
     frame = image(rng, 60, 50)
-    want = frames.resize_pack(frame, (20, 30), MEAN, STD)
+    want = resize_pack(frame, (20, 30), MEAN, STD)
     readonly = frame.copy()
     readonly.setflags(write=False)
     planes = torch.from_numpy(frame).permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -263,11 +242,11 @@ def test_layouts_of_a_frame_do_not_matter():
     bgr = np.ascontiguousarray(frame[..., ::-1])[..., ::-1]
     tensor = torch.from_numpy(pitched(rng, frame))
     for same in (readonly, planes, flipped, bgr, tensor, pitched(rng, frame)):
-        assert torch.equal(frames.resize_pack(same, (20, 30), MEAN, STD), want)
+        assert torch.equal(resize_pack(same, (20, 30), MEAN, STD), want)
     row = frame[:1]
     assert torch.equal(
-        frames.resize_pack(torch.from_numpy(frame)[:1], (4, 5), MEAN, STD),
-        frames.resize_pack(row.copy(), (4, 5), MEAN, STD),
+        resize_pack(torch.from_numpy(frame)[:1], (4, 5), MEAN, STD),
+        resize_pack(row.copy(), (4, 5), MEAN, STD),
     )
 
 
@@ -276,19 +255,19 @@ def test_python_threads_at_once_and_any_number_of_workers():
     rng = np.random.default_rng(8)
     inputs = [image(rng, 600 + 37 * i, 900 - 29 * i) for i in range(6)]
     try:
-        frames.set_threads(1)
-        want = [frames.resize_pack(frame, (256, 256), MEAN, STD) for frame in inputs]
+        native.set_threads(1)
+        want = [resize_pack(frame, (256, 256), MEAN, STD) for frame in inputs]
         wrong = []
 
         def work(turn: int) -> None:
             for i in range(30):
                 k = (i + turn) % len(inputs)
                 if turn == 0 and i % 7 == 0:
-                    frames.set_threads(1 + i % 5)
-                if not torch.equal(frames.resize_pack(inputs[k], (256, 256), MEAN, STD), want[k]):
+                    native.set_threads(1 + i % 5)
+                if not torch.equal(resize_pack(inputs[k], (256, 256), MEAN, STD), want[k]):
                     wrong.append((turn, i))
 
-        frames.set_threads(4)
+        native.set_threads(4)
         threads = [threading.Thread(target=work, args=(turn,)) for turn in range(5)]
         for thread in threads:
             thread.start()
@@ -296,24 +275,25 @@ def test_python_threads_at_once_and_any_number_of_workers():
             thread.join(60)
         assert not any(thread.is_alive() for thread in threads)
         assert not wrong
-        frames.set_threads(3)
-        assert frames.native_info()["threads"] == 3
+        native.set_threads(3)
+        assert native.info()["threads"] == 3
     finally:
-        frames.set_threads(0)
+        native.set_threads(0)
 
 
 NO_THREADS = """
 import resource
 import numpy as np
-from efficientad import frames
+from efficientad.ops import native
+from efficientad.ops.frame_path import resize_pack
 frame = np.arange(700 * 900 * 3, dtype=np.uint32).astype(np.uint8).reshape(700, 900, 3)
-frames.set_threads(1)
+native.set_threads(1)
 options = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-want = frames.resize_pack(frame, (256, 256), **options)
+want = resize_pack(frame, (256, 256), **options)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, used + 2**22))  # a stack has 8 MB
-frames.set_threads(8)
-assert (frames.resize_pack(frame, (256, 256), **options) == want).all()
+native.set_threads(8)
+assert (resize_pack(frame, (256, 256), **options) == want).all()
 print("fine")
 """
 
@@ -329,15 +309,15 @@ def test_works_where_no_thread_can_be_started():
 
 
 def _in_child(frame, queue) -> None:
-    queue.put(frames.resize_pack(frame, (256, 256), MEAN, STD).numpy())
+    queue.put(resize_pack(frame, (256, 256), MEAN, STD).numpy())
 
 
 @needs_native
 def test_works_after_fork():
     frame = image(np.random.default_rng(9), 700, 900)  # enough for threads
-    frames.set_threads(3)
+    native.set_threads(3)
     try:
-        want = frames.resize_pack(frame, (256, 256), MEAN, STD).numpy()
+        want = resize_pack(frame, (256, 256), MEAN, STD).numpy()
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
         child = context.Process(target=_in_child, args=(frame, queue))
@@ -346,62 +326,7 @@ def test_works_after_fork():
         child.join(30)
         assert child.exitcode == 0
     finally:
-        frames.set_threads(0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("source", "size", "padding"),
-    [
-        *[((56, 56), (256, 256), 0), ((56, 56), (480, 641), 4), ((1, 1), (5, 7), 0)],
-        *[((1, 1), (9, 9), 1), ((64, 48), (64, 48), 0), ((256, 256), (100, 77), 0)],
-        *[((7, 300), (1080, 11), 2), ((56, 56), (2048, 2448), 0)],
-    ],
-)
-def test_upsampled_map_is_interpolate_in_float64(backend, source, size, padding):
-    maps = torch.randn(2, *source, generator=torch.Generator().manual_seed(0))
-    have = frames.upsample_map(maps, size, padding=padding, frame=-0.25, backend=backend)
-    padded = F.pad(maps, (padding,) * 4, value=-0.25)[:, None].double()
-    want = F.interpolate(padded, size=size, mode="bilinear")[:, 0]
-    limit = 3e-7 if backend == "native" else 1e-5
-    span = want.max() - want.min() + 1
-    assert (have - want).abs().max() <= limit * span
-    one = frames.upsample_map(maps[1].numpy(), size, padding=padding, frame=-0.25, backend=backend)
-    assert torch.equal(one, have[1])
-    assert frames.upsample_map(maps[:0], size, backend=backend).shape == (0, *size)
-
-
-@needs_native
-def test_nan_spreads_as_in_interpolate():
-    maps = torch.rand(9, 8)
-    maps[4, 5] = torch.nan
-    maps[0, 0] = torch.inf
-    for size in [(9, 8), (36, 32), (90, 80), (64, 33)]:
-        both = [frames.upsample_map(maps, size, backend=b).isfinite() for b in ("native", "torch")]
-        assert torch.equal(*both)
-        assert not both[0].all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("threshold", [0.1, -1.0, None])
-def test_overlay_is_the_definition(backend, threshold):
-    rng = np.random.default_rng(10)
-    frame = pitched(rng, image(rng, 129, 203))
-    values = rng.normal(0.0, 0.3, (129, 203)).astype(np.float32)
-    values[:40] = -5
-    values[50, 3:9] = np.nan
-    values[60, :3] = np.inf, -np.inf, 0
-    scale = colors.map_scale(threshold)
-    for strength in (0.8, 0.0, 1.0):
-        want = colors.overlay(frame, values, threshold, strength=strength, contour=False)
-        have = frames.overlay(frame, values, scale, strength=strength, backend=backend)
-        assert have.shape == want.shape
-        np.testing.assert_array_equal(have, want)
-    tensor = frames.overlay(
-        torch.from_numpy(frame), torch.from_numpy(values), scale, backend=backend
-    )
-    assert isinstance(tensor, torch.Tensor)
-    assert not np.array_equal(tensor.numpy(), frame)
+        native.set_threads(0)
 
 
 FRAME = np.zeros((4, 5, 3), np.uint8)
@@ -427,28 +352,17 @@ BAD = [
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_arguments_of_resize_pack_are_named(change, message):
     good = {"frame": FRAME, "size": (3, 4), "mean": MEAN, "std": STD}
-    frames.resize_pack(**good)
+    resize_pack(**good)
     with pytest.raises(ValueError, match=message):
-        frames.resize_pack(**good | change)
+        resize_pack(**good | change)
 
 
-def test_bad_arguments_of_the_other_functions_are_named(monkeypatch):
-    values = torch.zeros(4, 5)
-    with pytest.raises(ValueError, match=r"anomaly_map is torch\.float64"):
-        frames.upsample_map(values.double(), (3, 3))
-    with pytest.raises(ValueError, match="padding is -1"):
-        frames.upsample_map(values, (3, 3), padding=-1)
-    with pytest.raises(ValueError, match=r"anomaly_map is .*\(4, 4\).* as the frame"):
-        frames.overlay(FRAME, values[:, :4], (0, 1))
-    with pytest.raises(ValueError, match="scale is"):
-        frames.overlay(FRAME, values, (1.0, 1.0))
-    with pytest.raises(ValueError, match="strength is 2"):
-        frames.overlay(FRAME, values, (0, 1), strength=2)
+def test_without_the_compiled_module(monkeypatch):
     with pytest.raises(ValueError, match="count is -1"):
-        frames.set_threads(-1)
-    monkeypatch.setattr(frame_native, "_native", None)
-    assert not frames.native_available()
-    assert frames.native_info()["available"] is False
+        native.set_threads(-1)
+    monkeypatch.setattr(native, "_native", None)
+    assert not native.available()
+    assert native.info()["available"] is False
     with pytest.raises(ValueError, match=r"backend is 'native', but .*pip install"):
-        frames.upsample_map(values, (3, 3), backend="native")
-    assert frames.upsample_map(values, (3, 3)).shape == (3, 3)
+        resize_pack(FRAME, (3, 4), MEAN, STD, backend="native")
+    assert resize_pack(FRAME, (3, 4), MEAN, STD).shape == (3, 4, 4)

@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from efficientad.ops import compiled_conv as native_conv
-from efficientad.ops import differentiable_conv as fast_conv
-from efficientad.ops import frame_native, winograd
+from efficientad.ops import compiled_conv, differentiable_conv, native, winograd
+from efficientad.ops.differentiable_conv import convolve
 
 CASES = [
     # kernel, input and output channels, images, height, width
@@ -25,7 +24,7 @@ CASES = [
     (1, 5, 7, 2, 4, 3),
 ]
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5}
-AVAILABLE = native_conv.available()
+AVAILABLE = compiled_conv.available()
 needs_native = pytest.mark.skipif(not AVAILABLE, reason="efficientad._native is not built")
 WAYS = [
     pytest.param("compiled", torch.float32, marks=needs_native),
@@ -41,17 +40,17 @@ def threads():
 
     def choose(count: int) -> None:
         torch.set_num_threads(count)
-        frame_native.set_threads(count)
+        native.set_threads(count)
 
     yield choose
     torch.set_num_threads(before)
-    frame_native.set_threads(0)
+    native.set_threads(0)
 
 
 @pytest.fixture(autouse=True)
 def several_strips(monkeypatch):
     """An image is cut into several strips, in torch."""
-    monkeypatch.setattr(fast_conv, "STRIP_BYTES", 40_000)
+    monkeypatch.setattr(differentiable_conv, "STRIP_BYTES", 40_000)
 
 
 def example(kernel, channels, width, n, rows, columns, *, requires_grad=True):
@@ -81,7 +80,7 @@ def by_definition(x, weight, bias):
 def test_output_and_gradients(
     kernel, channels, width, n, rows, columns, relu, way, dtype, monkeypatch
 ):
-    monkeypatch.setattr(native_conv, "available", lambda: way == "compiled")
+    monkeypatch.setattr(compiled_conv, "available", lambda: way == "compiled")
     inputs = example(kernel, channels, width, n, rows, columns)
     y = by_definition(*inputs)
     # Not at the kink of ReLU, where float32 may fall to the other side.
@@ -93,7 +92,7 @@ def test_output_and_gradients(
 
     expected = with_gradients(exact, inputs, direction)
     cast = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in inputs]
-    found = with_gradients(lambda *i: fast_conv.convolve(*i, relu=relu), cast, direction)
+    found = with_gradients(lambda *i: convolve(*i, relu=relu), cast, direction)
     assert len(found) == len(expected) == (4 if channels != 3 else 3)
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
@@ -108,24 +107,24 @@ def test_the_way_is_chosen_by_what_is_there_and_by_dtype(monkeypatch):
 
     def name(dtype) -> str:
         cast = [t.to(dtype).requires_grad_() for t in inputs]
-        return type(fast_conv.convolve(*cast, relu=False).grad_fn).__name__
+        return type(convolve(*cast, relu=False).grad_fn).__name__
 
     assert name(torch.float64) == "_WinogradBackward"
     assert name(torch.float32) == "_CompiledBackward"
-    monkeypatch.setattr(native_conv, "_native", None)
-    assert not native_conv.available()
+    monkeypatch.setattr(native, "_native", None)
+    assert not compiled_conv.available()
     assert name(torch.float32) == "_WinogradBackward"
 
 
 @pytest.mark.parametrize(("way", "dtype"), WAYS[:2])
 def test_the_error_of_a_real_layer(way, dtype, monkeypatch):
     """The widest layer of PDN-S: within TOLERANCES, and 5e-6 of the outputs in the mean."""
-    monkeypatch.setattr(native_conv, "available", lambda: way == "compiled")
+    monkeypatch.setattr(compiled_conv, "available", lambda: way == "compiled")
     torch.manual_seed(1)
     x = torch.randn(1, 19, 19, 512, dtype=torch.float64).relu()
     weight = torch.randn(96, 512, 4, 4, dtype=torch.float64) / (4 * 512**0.5)
     expected = by_definition(x, weight, None)
-    found = fast_conv.convolve(x.to(dtype), weight.to(dtype), torch.zeros(96), relu=False)
+    found = convolve(x.to(dtype), weight.to(dtype), torch.zeros(96), relu=False)
     error = found.double() - expected
     assert error.abs().max() <= TOLERANCES[dtype] * expected.abs().max()
     assert error.square().mean().sqrt() <= 5e-6 * expected.square().mean().sqrt()
@@ -141,9 +140,7 @@ def test_bits_are_the_same_at_a_fixed_number_of_threads(kernel, threads):
     for count in (1, 2, 2, 5):
         threads(count)
         leaves = [t.clone().requires_grad_() for t in inputs]
-        results.append(
-            with_gradients(lambda *i: fast_conv.convolve(*i, relu=True), leaves, direction)
-        )
+        results.append(with_gradients(lambda *i: convolve(*i, relu=True), leaves, direction))
     assert all(map(torch.equal, results[1], results[2]))
     for result in results[1:]:
         assert all(map(torch.equal, result[:2], results[0][:2]))
@@ -152,7 +149,7 @@ def test_bits_are_the_same_at_a_fixed_number_of_threads(kernel, threads):
 def test_a_frozen_input_gets_no_gradient():
     x, weight, bias = (t.detach().float() for t in example(3, 16, 8, 1, 9, 9))
     weight.requires_grad_()
-    y = fast_conv.convolve(x, weight, bias, relu=False)
+    y = convolve(x, weight, bias, relu=False)
     y.sum().backward()
     assert x.grad is None
     assert weight.grad.shape == weight.shape
@@ -160,7 +157,7 @@ def test_a_frozen_input_gets_no_gradient():
 
 def test_other_kernels_are_refused():
     with pytest.raises(ValueError, match="must be 1, 3 or 4"):
-        fast_conv.convolve(torch.rand(1, 8, 8, 4), torch.rand(2, 4, 5, 5), torch.rand(2), relu=True)
+        convolve(torch.rand(1, 8, 8, 4), torch.rand(2, 4, 5, 5), torch.rand(2), relu=True)
 
 
 @pytest.mark.parametrize("kernel", [3, 4])

@@ -16,13 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from efficientad.ops import frame_native
-from efficientad.ops import frame_path as frames
-from efficientad.results import overlay as colors
+from efficientad.ops import frame_path, native
+from efficientad.ops.frame_path import resize_pack
 
-pytestmark = pytest.mark.skipif(
-    not frames.native_available(), reason="efficientad._native is not built"
-)
+pytestmark = pytest.mark.skipif(not native.available(), reason="efficientad._native is not built")
 ROOT = Path(__file__).resolve().parents[2]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RUNTIME = """
@@ -72,12 +69,6 @@ using namespace efficientad;
 extern "C" void run_resize_pack(Frame* f, Taps* y, Taps* x, Normal* n, Packed* out) {
   cuda::resize_pack(*f, *y, *x, *n, *out, 0, 0);
 }
-extern "C" void run_upsample(Maps* m, Taps* y, Taps* x, float* out) {
-  cuda::upsample(*m, *y, *x, out, 0, 0);
-}
-extern "C" void run_overlay(Frame* f, float* map, Colors* c, uint8_t* out) {
-  cuda::overlay(*f, map, *c, out, 0, 0);
-}
 """
 P, N, L, X = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -89,10 +80,8 @@ def struct(*pairs: tuple[type, object]) -> ctypes.Structure:
     return ctypes.byref(made(*(value for _, value in pairs)))
 
 
-def taps(source: int, target: int, antialias: bool):
-    (spans, weights, width, size), table = frame_native.taps(
-        source, target, antialias, torch.device("cpu")
-    )
+def taps(source: int, target: int):
+    (spans, weights, width, size), table = frame_path.taps(source, target, torch.device("cpu"))
     return struct((P, spans), (P, weights), (N, width), (N, size)), table
 
 
@@ -107,7 +96,7 @@ def kernels(tmp_path_factory):
     text = (ROOT / "csrc" / "frame.cu").read_text()
     launch = r"(\w+)<<<grid, kThreads, 0, reinterpret_cast<cudaStream_t>\(stream\)>>>\("
     text, launches = re.subn(launch, r"emulate(grid, kThreads, \1, ", text)
-    assert launches == 3
+    assert launches == 1
     (folder / "frame.cpp").write_text(text + ENTRIES)
     flags = "-std=c++17 -O1 -shared -fPIC -pthread -ffp-contract=off".split()
     command = [compiler, *flags, f"-I{folder}", f"-I{ROOT / 'csrc'}", str(folder / "frame.cpp")]
@@ -146,72 +135,37 @@ def test_emulated_resize_pack_has_the_bits_of_the_host(
     )
     shape = (3, target[0] + 2 * border, target[1] + 2 * border, channels)
     have = torch.full(shape, torch.nan, dtype=dtype)
-    (rows, _a), (columns, _b) = (taps(n, m, True) for n, m in zip(source, target, strict=True))
+    (rows, _a), (columns, _b) = (taps(n, m) for n, m in zip(source, target, strict=True))
     kernels.run_resize_pack(
         struct((P, whole.ctypes.data), (L, whole.strides[0]), (N, source[0]), (N, source[1]),
                (N, layers)),
         rows, columns,
         struct(*((X, value) for value in (*MEAN, *STD))),
         struct((P, have[1].data_ptr()), (N, target[0]), (N, target[1]), (N, border),
-               (N, channels), (N, frames.KINDS[dtype])),
+               (N, channels), (N, frame_path.KINDS[dtype])),
     )  # fmt: skip
     options = {"border": border, "channels": channels, "dtype": dtype}
-    assert torch.equal(have[1], frames.resize_pack(frame, target, MEAN, STD, **options))
+    assert torch.equal(have[1], resize_pack(frame, target, MEAN, STD, **options))
     assert have[0].isnan().all()
     assert have[2].isnan().all()
-
-
-def test_emulated_upsample_and_overlay_have_the_bits_of_the_host(kernels):
-    maps = torch.randn(2, 7, 9, generator=torch.Generator().manual_seed(0))
-    size, padding = (19, 300), 2
-    have = torch.full((4, *size), torch.nan)
-    (rows, _a), (columns, _b) = taps(7 + 4, size[0], False), taps(9 + 4, size[1], False)
-    kernels.run_upsample(
-        struct((P, maps.data_ptr()), (N, 2), (N, 7), (N, 9), (N, padding), (X, 0.5)),
-        rows, columns, P(have[1].data_ptr()),
-    )  # fmt: skip
-    want = frames.upsample_map(maps, size, padding=padding, frame=0.5)
-    assert torch.equal(have[1:3], want)
-    assert have[::3].isnan().all()
-
-    frame = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-    values = want[0].clone()
-    values[3, 5:9] = torch.nan
-    (table,) = frame_native.color_table(torch.device("cpu"))
-    out = np.empty_like(frame)
-    kernels.run_overlay(
-        struct((P, frame.ctypes.data), (L, frame.strides[0]), (N, size[0]), (N, size[1]), (N, 3)),
-        P(values.data_ptr()),
-        struct((P, table.data_ptr()), (X, 0.0), (X, 1.5), (X, 0.8)),
-        P(out.ctypes.data),
-    )  # fmt: skip
-    np.testing.assert_array_equal(out, frames.overlay(frame, values, (0.0, 1.5)))
-    np.testing.assert_array_equal(out[3, 5], np.rint(
-        frame[3, 5] + (np.array(colors.NAN_COLOR, np.float32) - frame[3, 5]) * np.float32(0.8)
-    ))  # fmt: skip
 
 
 def test_on_a_device_the_bits_are_the_hosts_also_in_a_graph(device):
     if not device.startswith("cuda"):
         pytest.skip("--device is cpu")
-    if not frames.native_info()["cuda"]:
+    if not native.info()["cuda"]:
         pytest.skip("efficientad._native has no CUDA: nvcc was missing when it was built")
     rng = np.random.default_rng(2)
     for source in [(480, 640), (2048, 2448), (256, 256), (3, 5000)]:
         host = torch.from_numpy(rng.integers(0, 256, (*source, 3), dtype=np.uint8))
         frame = host.to(device)
-        want = frames.resize_pack(host, (256, 256), MEAN, STD, border=2)
+        want = resize_pack(host, (256, 256), MEAN, STD, border=2)
         out = torch.full(want.shape, torch.nan, dtype=want.dtype, device=device)
-        frames.resize_pack(frame, (256, 256), MEAN, STD, border=2, out=out)
+        resize_pack(frame, (256, 256), MEAN, STD, border=2, out=out)
         assert torch.equal(out.cpu(), want)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            frames.resize_pack(frame, (256, 256), MEAN, STD, border=2, out=out)
+            resize_pack(frame, (256, 256), MEAN, STD, border=2, out=out)
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out.cpu(), want)
-        values = torch.randn(56, 56)
-        large = frames.upsample_map(values, source, padding=4)
-        assert torch.equal(frames.upsample_map(values.to(device), source, padding=4).cpu(), large)
-        blend = frames.overlay(frame, large.to(device), (0.0, 1.0))
-        assert torch.equal(blend.cpu(), frames.overlay(host, large, (0.0, 1.0)))

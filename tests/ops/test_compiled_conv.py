@@ -15,12 +15,11 @@ import torch.nn.functional as F
 
 from efficientad import FastPredictor
 from efficientad.fast.folded_network import FoldedNetwork
-from efficientad.ops import compiled_conv as native_conv
-from efficientad.ops import frame_native
+from efficientad.ops import compiled_conv, native
 from efficientad.ops.compiled_conv import Layer, filter_gradient, mean_square, resize
 
 pytestmark = pytest.mark.skipif(
-    not native_conv.available(), reason="efficientad._native is not built"
+    not compiled_conv.available(), reason="efficientad._native is not built"
 )
 TOLERANCE = 1e-5  # of the largest output, or of 1
 LEVELS = ("portable", "avx2", "avx512")
@@ -51,17 +50,17 @@ def settings():
     before = torch.get_num_threads()
 
     def choose(level: str = "", threads: int | None = None) -> None:
-        module = frame_native.module()
+        module = native.module()
         if level and level not in module.levels():
             pytest.skip(f"this processor has no {level} (it has {module.levels()})")
         module.set_level(level)
         if threads is not None:
             torch.set_num_threads(threads)
-            frame_native.set_threads(threads)
+            native.set_threads(threads)
 
     yield choose
     choose("", before)
-    frame_native.set_threads(0)
+    native.set_threads(0)
 
 
 def example(channels, outputs, kernel, n, rows, columns):
@@ -158,7 +157,7 @@ def test_adding_to_what_is_there():
 def test_a_nan_reaches_every_output_that_reads_it_and_no_further_than_its_tiles(
     channels, kernel, settings
 ):
-    for level in frame_native.module().levels():
+    for level in native.module().levels():
         settings(level)
         x, weight, bias = example(channels, 40, kernel, 2, 25, 26)
         layer = Layer(weight, bias, relu=True)
@@ -169,7 +168,7 @@ def test_a_nan_reaches_every_output_that_reads_it_and_no_further_than_its_tiles(
         touched[11 - kernel + 1 : 12, 13 - kernel + 1 : 14] = True
         assert found[1][touched].all()
         tiles = touched
-        if channels >= native_conv.FEW_CHANNELS:  # whole tiles of 4x4
+        if channels >= compiled_conv.FEW_CHANNELS:  # whole tiles of 4x4
             tiles = torch.zeros_like(touched)
             tiles[(11 - kernel + 1) // 4 * 4 : 12, (13 - kernel + 1) // 4 * 4 : 16] = True
         assert not found[1][~tiles].any()
@@ -211,7 +210,7 @@ def at_the_end_of_a_page(like: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [3, 17, 40])
 def test_nothing_is_touched_behind_the_last_value(channels, settings):
     """In a child process, which touching it would kill."""
-    for level in frame_native.module().levels():
+    for level in native.module().levels():
         settings(level, threads=1)
         x, weight, bias = example(channels, 41, 4, 1, 11, 12)
         layer = Layer(weight, bias, padding=1)
@@ -319,7 +318,7 @@ def test_the_compiled_network_is_the_one_in_torch(size, padding, small, monkeypa
     images = model.normalize(helpers.images(2, seed=5))
     images = images.contiguous(memory_format=torch.channels_last)
     compiled = FoldedNetwork(model, torch.float32)
-    monkeypatch.setattr(native_conv, "available", lambda: False)
+    monkeypatch.setattr(compiled_conv, "available", lambda: False)
     plain = FoldedNetwork(model, torch.float32)
     with torch.no_grad():
         found, expected = compiled(images), plain(images)
