@@ -22,7 +22,7 @@ from efficientad.fast.backends import TorchBackend
 from efficientad.fast.frame_inputs import read_frame
 from efficientad.fast.options import choose_dtype
 from efficientad.fast.predictor import FastPredictor
-from efficientad.ops import compiled_conv as native_conv
+from efficientad.ops import compiled_conv
 from efficientad.utils.devices import choose_device
 
 BOUND = 1e-4  # float32, of max(0.1, largest |map|)
@@ -308,7 +308,7 @@ def test_bad_construction(model):
 def test_the_facts_say_what_runs(predictor):
     facts = predictor.facts
     assert facts["device"] == "cpu"
-    compiled = ", compiled convolutions" if native_conv.available() else ""
+    compiled = ", compiled convolutions" if compiled_conv.available() else ""
     assert facts["backend"] == f"folded torch network{compiled}"
     assert facts["reason"] is None
     assert facts["construction_seconds"] >= 0
@@ -399,7 +399,7 @@ def test_the_self_check_sees_every_bucket_frames_and_races(kernels, problem, mod
 
 
 def test_a_callers_autocast_changes_nothing(model, monkeypatch):
-    monkeypatch.setattr(native_conv, "available", lambda: False)
+    monkeypatch.setattr(compiled_conv, "available", lambda: False)
     predictor, frame = FastPredictor(model, device="cpu", dtype="float32"), helpers.frames(1)[0]
     expected = predictor(frame)
     with torch.autocast("cpu", torch.bfloat16):
