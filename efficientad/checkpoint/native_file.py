@@ -51,6 +51,7 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
     Raises:
         CheckpointError: NaN or infinite weights, or a provenance that JSON cannot hold.
         FileNotFoundError: the folder does not exist.
+        OSError: the file cannot be written (a full disk, no permission); an old one is still whole.
     """
     path = Path(path)
     if not isinstance(detector, EfficientAD):
@@ -158,8 +159,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 def _write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     try:
         replace_file(path, lambda part: save_file(dict(tensors), part, metadata), durable=True)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 @torch.no_grad()

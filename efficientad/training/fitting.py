@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from efficientad.checkpoint.loading import CheckpointError, load_teacher, save
+from efficientad.checkpoint.loading import load_teacher
+from efficientad.checkpoint.native_file import save
 from efficientad.checkpoint.teachers import default_teacher, teacher_license
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
@@ -238,9 +239,7 @@ def fit(
     if out is not None:
         try:
             save(detector, out)
-        except CheckpointError as error:
-            if error.__cause__ is None or "cannot be written" not in str(error):
-                raise
+        except OSError as error:
             raise OSError(f"{error}. The training's state is in {checkpoint}") from error
     return detector
 

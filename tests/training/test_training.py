@@ -555,6 +555,19 @@ def test_bad_data(folder, tmp_path, thin):
         quiet_fit(folder / "good", checkpoint=tmp_path / "none", resume=True, device="cpu")
 
 
+def test_a_detector_that_cannot_be_written_leaves_the_state(folder, tmp_path, monkeypatch, thin):
+    def full(detector, path):
+        raise OSError(f"{path} cannot be written: disk full")
+
+    monkeypatch.setattr(training, "save", full)
+    state = tmp_path / "state"
+    with pytest.raises(OSError, match=r"disk full\. The training's state is in .*state"):
+        quiet_fit(
+            folder / "good", steps=2, device="cpu", out=tmp_path / "a.safetensors", checkpoint=state
+        )
+    assert state.is_file()
+
+
 def test_a_checkpoint_is_not_replaced_unasked(folder, tmp_path, thin):
     options = {"steps": 2, "device": "cpu", "checkpoint": tmp_path / "state"}
     quiet_fit(folder / "good", **options)
