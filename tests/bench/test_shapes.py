@@ -35,10 +35,18 @@ def test_layers_are_those_of_the_networks(size):
 
 
 @pytest.mark.parametrize("size", ["S", "M"])
-def test_pools_and_the_padded_variant_are_those_of_the_networks(size):
-    rows = [(row.kernel, row.padding, row.pool) for row in PDN_LAYERS[size]]
-    assert [(x.kernel, x.padding, x.pool) for x in shapes.PDN[size]] == rows
-    assert [row.relu for row in PDN_LAYERS[size]] == [True] * (len(rows) - 1) + [False]
+def test_rows_are_those_of_the_networks(size):
+    """Of the padded variant, too: the census compiles and the reports count what exists."""
+    rows = PDN_LAYERS[size]
+    channels = [
+        (shapes.TEACHER, shapes.STUDENT) if row.out_channels is None else (row.out_channels,) * 2
+        for row in rows
+    ]
+    assert list(shapes.PDN[size]) == [
+        shapes.PdnLayer(row.kernel, couts, row.padding, row.pool)
+        for row, couts in zip(rows, channels, strict=True)
+    ]
+    assert [row.relu for row in rows] == [True] * (len(rows) - 1) + [False]
 
 
 def test_relus_of_the_autoencoder():

@@ -35,7 +35,6 @@ from efficientad.kernels.common import target_of
 from efficientad.kernels.conv import conv_relu, conv_relu_pool
 from efficientad.kernels.first_conv import first_conv_relu_pool
 from efficientad.kernels.grouped import Tile, accumulate_conv
-from efficientad.model.networks import PDN_LAYERS
 from efficientad.ops import reference
 
 SMALL = Tile(32, 16, 32, warps=4, stages=2)  # 32 pixels (pooled: 8), 16 channels, 16 of K
@@ -585,23 +584,6 @@ def test_tile_tables():
     assert pair_distance.choose_tile(90, 15 * 56 * 56, 384).bn_tail == 0
     assert pair_distance.choose_tile(90, 16 * 56 * 56, 384).bn_tail == 128
     assert pair_distance.choose_tile(90, 16 * 56 * 56, 256).bn_tail == 0
-
-
-def test_the_census_compiles_the_networks_that_exist():
-    for size, layers in PDN_LAYERS.items():
-        channels = [
-            (census_pdn.TEACHER, census_pdn.STUDENT)
-            if layer.out_channels is None
-            else (layer.out_channels,) * 2
-            for layer in layers
-        ]
-        assert census_pdn.FIRST[size] == layers[0].out_channels
-        assert census_pdn.LAST[size] == layers[-1].kernel
-        middle = [
-            census_pdn.Layer(row.kernel, couts, row.padding, row.pool)
-            for row, couts in zip(layers[1:-1], channels[1:-1], strict=True)
-        ]
-        assert list(census_pdn.MIDDLE[size]) == middle
 
 
 @pytest.mark.parametrize("arch", grouped.ARCHITECTURES)
