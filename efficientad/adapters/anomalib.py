@@ -1,18 +1,8 @@
-"""The fast path inside others' programs.
-
-anomalib: `accelerate(model)` gives an EfficientAd the fast forward and leaves it what it is.
-nelson1425: `predict` takes the place of the function of that name in `efficientad.py`.
-
-Nothing of either project is imported. The first call with a model runs the model's own forward too
-and compares; where the numbers differ by more than the computing dtype's bound (a changed network,
-say), a warning says so and the model's own forward goes on serving. Weights that change later, in
-place or by replacement, are noticed by their tensors' versions and taken over.
-"""
+"""anomalib: `accelerate(model)` gives an EfficientAd the fast forward and leaves it what it is."""
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,20 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efficientad.adapters.model_server import Server
+from efficientad.adapters.model_server import RAW_QUANTILES, Server, lazy_tensors
 from efficientad.checkpoint.anomalib import anomalib_contents
-from efficientad.checkpoint.contents import Contents, build_detector
-from efficientad.checkpoint.foreign import network_of
-from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor
+from efficientad.checkpoint.contents import build_detector
 from efficientad.model.detector import AnomalyOutput, EfficientAD
 from efficientad.model.networks import MIN_IMAGE_SIZE
 from efficientad.utils.devices import choose_device
 
 MOST_SIZES = 4  # input sizes per model for which a predictor is kept
-_RAW = (0.0, 0.1, 0.0, 0.1)  # quantiles whose normalisation changes nothing
-
-
-# ---- anomalib --------------------------------------------------------------------------------
 
 
 def accelerate(model: nn.Module, **predictor_options: Any) -> nn.Module:
@@ -176,124 +160,8 @@ def _anomalib_detector(model: nn.Module, image_size: tuple[int, int]) -> Efficie
     """The detector of an EfficientAdModel; one without statistics or quantiles uses none."""
     path = Path(type(model).__name__)
     settings = {"padding": model.teacher.conv1.padding != (0, 0), "pad_maps": model.pad_maps}
-    tree = {"state_dict": _lazy(model), "hyper_parameters": settings}
+    tree = {"state_dict": lazy_tensors(model), "hyper_parameters": settings}
     contents = anomalib_contents(tree, path, False, image_size)
     contents.statistics = contents.statistics or (torch.zeros(384), torch.ones(384))
-    contents.quantiles = contents.quantiles or _RAW
+    contents.quantiles = contents.quantiles or RAW_QUANTILES
     return build_detector(contents, path)
-
-
-def _lazy(module: nn.Module) -> dict[str, LazyTensor]:
-    return {
-        name: LazyTensor(tuple(value.shape), lambda value=value: value)
-        for name, value in module.state_dict().items()
-    }
-
-
-# ---- nelson1425 ------------------------------------------------------------------------------
-
-_nelson: weakref.WeakKeyDictionary[nn.Module, Server] = weakref.WeakKeyDictionary()
-_nelson_lock = threading.Lock()
-
-
-@torch.no_grad()
-def predict(
-    image: Tensor,
-    teacher: nn.Module,
-    student: nn.Module,
-    autoencoder: nn.Module,
-    teacher_mean: Tensor,
-    teacher_std: Tensor,
-    q_st_start: Any = None,
-    q_st_end: Any = None,
-    q_ae_start: Any = None,
-    q_ae_end: Any = None,
-    **predictor_options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """nelson1425's `predict`, with his arguments and results, on the fast path.
-
-    A predictor is built at the first call with a student and goes when the student does. While the
-    autoencoder is in training mode (its dropout counts), the networks run as they are.
-
-    Args:
-        image: (N, 3, H, W), normalised by ImageNet's statistics as his transform does.
-        teacher, student, autoencoder: his `nn.Sequential` networks.
-        teacher_mean, teacher_std: (1, 384, 1, 1); the same tensors in each call, or the weights
-            are folded anew.
-        q_st_start to q_ae_end: map quantiles, or None to leave a map as it is.
-        predictor_options: as in `accelerate`.
-
-    Returns:
-        map_combined, map_st, map_ae: (N, 1, h, w) float32, h = 56 at 256 pixels.
-
-    Raises:
-        CheckpointError: networks of other layers than his.
-    """
-    networks = (teacher, student, autoencoder)
-    statistics = (teacher_mean, teacher_std)
-    maps = None
-    if not autoencoder.training:
-        with _nelson_lock:
-            server = _nelson_server(image, networks, statistics, predictor_options)
-        if server.predictor is not None:
-            found = server.detect(image)
-            maps = found.map_st[:, None], found.map_ae[:, None]
-    map_st, map_ae = maps or _nelson_maps(image, networks, statistics)
-    if q_st_start is not None:
-        map_st = 0.1 * (map_st - q_st_start) / (q_st_end - q_st_start)
-    if q_ae_start is not None:
-        map_ae = 0.1 * (map_ae - q_ae_start) / (q_ae_end - q_ae_start)
-    return 0.5 * map_st + 0.5 * map_ae, map_st, map_ae
-
-
-def _nelson_server(image, networks, statistics, options) -> Server:
-    tensors = [t for network in networks for t in network.parameters()] + list(statistics)
-    size = tuple(image.shape[-2:])
-
-    def build() -> EfficientAD:
-        return _nelson_detector(networks, statistics, size)
-
-    server = _nelson.get(networks[1])
-    if server is not None and server.options == options and server.source == tensors[0].device:
-        if server.predictor is None or server.predictor.image_size == size:
-            server.update(build, tensors)
-            return server
-    server = Server(build, tensors, options)
-    found = server.detect(image[:1])
-    with torch.autocast(image.device.type, enabled=False):
-        own = _nelson_maps(image[:1], networks, statistics)
-    pairs = [(found.map_st[:, None], own[0]), (found.map_ae[:, None], own[1])]
-    server.refuse_unless_equal(pairs, "the student")
-    _nelson[networks[1]] = server
-    return server
-
-
-def _nelson_maps(image, networks, statistics) -> tuple[Tensor, Tensor]:
-    """Both raw maps by the networks themselves."""
-    teacher, student, autoencoder = (network(image) for network in networks)
-    mean, std = statistics
-    student_st, student_ae = student.chunk(2, dim=1)
-    map_st = ((teacher - mean) / std - student_st).square().mean(1, keepdim=True)
-    return map_st, (autoencoder - student_ae).square().mean(1, keepdim=True)
-
-
-def _nelson_detector(networks, statistics, image_size: tuple[int, int]) -> EfficientAD:
-    weights, size = {}, None
-    for role, module in zip(("teacher", "student", "autoencoder"), networks, strict=True):
-        network = network_of(_lazy(module), f"the {role} given")
-        if network is None or network.role != role:
-            found = "no network of EfficientAD" if network is None else f"a {network.role}"
-            raise CheckpointError(f"the {role} given is {found}; it must be nelson1425's {role}")
-        weights |= {f"{role}.{name}": value for name, value in network.weights.items()}
-        size = network.size or size
-    contents = Contents(
-        size,
-        weights,
-        padding=networks[0][0].padding != (0, 0),
-        border="nelson",
-        image_size=image_size,
-        statistics=tuple(v.flatten() for v in statistics),
-        quantiles=_RAW,
-        normalization=(torch.zeros(3), torch.ones(3)),  # the image comes normalised
-    )
-    return build_detector(contents, "the networks given")

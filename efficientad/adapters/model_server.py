@@ -1,8 +1,9 @@
 """A predictor for a model that lives elsewhere and may change.
 
-The first call with a model runs the model's own forward too and compares (`refuse_unless_equal`).
-Weights that change later, in place or by replacement, are noticed by their tensors' versions and
-taken over.
+The first call with a model runs the model's own forward too and compares; where the numbers differ
+by more than the computing dtype's bound (a changed network, say), a warning says so and the model's
+own forward goes on serving (`Server.refuse_unless_equal`). Weights that change later, in place or
+by replacement, are noticed by their tensors' versions and taken over.
 """
 
 from __future__ import annotations
@@ -13,12 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from efficientad.checkpoint.safe_pickle import LazyTensor
 from efficientad.fast.predictor import FastPredictor
 from efficientad.model.agreement import BOUNDS, difference, worst
 from efficientad.model.detector import AnomalyOutput, EfficientAD
 from efficientad.utils.devices import choose_device
+
+RAW_QUANTILES = (0.0, 0.1, 0.0, 0.1)  # their normalisation changes nothing
+
+
+def lazy_tensors(module: nn.Module) -> dict[str, LazyTensor]:
+    """The module's state as the readers of files take it: name -> tensor, nothing copied."""
+    return {name: LazyTensor.of(value) for name, value in module.state_dict().items()}
 
 
 class Versions:

@@ -69,10 +69,7 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         "threshold": None if detector.threshold is None else float(detector.threshold),
         "has_statistics": detector.has_statistics,
     }
-    lazy = {
-        name: LazyTensor(tuple(value.shape), lambda value=value: value)
-        for name, value in tensors.items()
-    }
+    lazy = {name: LazyTensor.of(value) for name, value in tensors.items()}
     golden = golden_values(build_detector(_contents(config, {}, lazy, path), path))
     if not all(map(math.isfinite, golden.values())):
         raise CheckpointError(f"the detector's maps overflow on the built-in image ({golden})")

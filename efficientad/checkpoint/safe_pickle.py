@@ -75,6 +75,11 @@ class LazyTensor(_Inert):
         self.shape = shape
         self.read = read
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> LazyTensor:
+        """A tensor that is in memory already; `read()` gives the tensor itself."""
+        return cls(tuple(tensor.shape), lambda: tensor)
+
 
 class Placeholder:
     """Stands for an object of a class that is not known here, and does nothing.

@@ -1,14 +1,11 @@
-"""Drop-ins for anomalib and nelson1425: same arguments, same results, changed weights noticed."""
+"""The drop-in for anomalib: same class, same results, changed weights noticed."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import threading
-import types
 import warnings
-import weakref
 from typing import NamedTuple
 
 import helpers
@@ -16,13 +13,11 @@ import helpers_foreign
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_adapters import TOLERANCE, largest_difference
 from torch import Tensor, nn
 
-from efficientad.adapters import anomalib as adapters
-from efficientad.adapters.anomalib import accelerate, predict
-from efficientad.adapters.model_server import Server
-
-TOLERANCE = 1e-5
+from efficientad.adapters import anomalib as adapter
+from efficientad.adapters.anomalib import accelerate
 
 
 def slow(*values):
@@ -95,22 +90,6 @@ def own(model: nn.Module, batch: Tensor):
         return type(model).forward(model, batch)
 
 
-def largest_difference(found, expected) -> float:
-    assert type(found) is type(expected)
-    if isinstance(expected, dict):
-        assert list(found) == list(expected)
-        found, expected = found.values(), expected.values()
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        assert (a is None) == (b is None)
-        if b is not None:
-            assert a.shape == b.shape
-            assert a.dtype == b.dtype
-            scale = max(1.0, float(b.detach().abs().max()))
-            worst = max(worst, float((a - b).abs().max()) / scale)
-    return worst
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     return anomalib_like()
@@ -119,9 +98,6 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def fast(model) -> Model:
     return accelerate(fresh(model), device="cpu")
-
-
-# ---- anomalib --------------------------------------------------------------------------------
 
 
 def test_results_are_the_models_own(model, fast):
@@ -261,31 +237,14 @@ def test_predictors_are_kept_per_size_and_no_more_than_a_few(monkeypatch):
         def refuse_unless_equal(self, pairs, what):
             pass
 
-    monkeypatch.setattr(adapters, "Server", Light)
-    monkeypatch.setattr(adapters._FastForward, "_own", lambda self, batch: None)
-    monkeypatch.setattr(adapters._FastForward, "_learn", lambda *a: [])
+    monkeypatch.setattr(adapter, "Server", Light)
+    monkeypatch.setattr(adapter._FastForward, "_own", lambda self, batch: None)
+    monkeypatch.setattr(adapter._FastForward, "_learn", lambda *a: [])
     accelerate(fast)
     for width in (256, 288, 320, 352, 256, 384, 256, 288):
         fast(torch.zeros(1, 3, 256, width))
     assert len(made) == 6  # 288 was dropped when 384 came
-    assert len(fast.forward._servers) == adapters.MOST_SIZES
-
-
-def test_a_server_that_differs_serves_no_more():
-    def server():
-        made = object.__new__(Server)
-        made.predictor = types.SimpleNamespace(dtype=torch.float32)
-        return made
-
-    maps = torch.rand(1, 1, 9, 9) - 0.5
-    close = server()
-    close.refuse_unless_equal([(maps + 4e-5, maps)], "x")
-    assert close.predictor is not None
-    for found in (maps + 2e-4, maps * torch.nan, maps[..., :5]):
-        far = server()
-        with pytest.warns(UserWarning, match="x keeps its own forward"):
-            far.refuse_unless_equal([(maps, maps), (found, maps), (maps, maps)], "x")
-        assert far.predictor is None
+    assert len(fast.forward._servers) == adapter.MOST_SIZES
 
 
 @pytest.mark.slow
@@ -359,101 +318,3 @@ def test_what_cannot_be_accelerated(model):
         half.quantiles["qb_st"].zero_()
     with pytest.raises(ValueError, match="half-set values"):
         accelerate(half)(helpers.images(1))
-
-
-# ---- nelson1425 ------------------------------------------------------------------------------
-
-
-def nelson_networks(seed: int = 0, medium: bool = False) -> list:
-    """teacher, student, autoencoder, teacher_mean, teacher_std."""
-    model = helpers_foreign.anomalib_model(seed, medium=medium)
-    networks = [
-        helpers_foreign.nelson_pdn(model.teacher),
-        helpers_foreign.nelson_pdn(model.student),
-        helpers_foreign.nelson_autoencoder(model.ae, dropout=True).eval(),
-    ]
-    statistics = [model.mean_std[name].detach() for name in ("mean", "std")]
-    return networks + statistics
-
-
-@torch.no_grad()
-def formula(image, teacher, student, autoencoder, mean, std, *q):
-    """nelson1425's function, from its description."""
-    s = student(image)
-    st = (((teacher(image) - mean) / std - s[:, :384]) ** 2).mean(1, keepdim=True)
-    ae = ((autoencoder(image) - s[:, 384:]) ** 2).mean(1, keepdim=True)
-    if q:
-        st, ae = 0.1 * (st - q[0]) / (q[1] - q[0]), 0.1 * (ae - q[2]) / (q[3] - q[2])
-    return (st + ae) / 2, st, ae
-
-
-def normalised(n: int, seed: int) -> Tensor:
-    return (helpers.images(n, seed=seed) - helpers_foreign.MEAN) / helpers_foreign.STD
-
-
-@pytest.fixture(scope="module")
-def networks() -> list:
-    return nelson_networks()
-
-
-@pytest.mark.parametrize("quantiles", [(), (0.25, 0.75, 0.5, 1.25)])
-def test_nelson_maps(networks, quantiles):
-    image = normalised(1, seed=1)
-    found = predict(image, *networks, *quantiles)
-    assert type(found) is tuple
-    assert [tuple(m.shape) for m in found] == [(1, 1, 56, 56)] * 3
-    assert largest_difference(found, formula(image, *networks, *quantiles)) <= TOLERANCE
-
-
-@pytest.mark.slow
-def test_nelson_arguments_by_name_and_half_of_the_quantiles(networks):
-    teacher, student, autoencoder, mean, std = networks
-    image = normalised(2, seed=2)
-    found = predict(
-        image=image, teacher=teacher, student=student, autoencoder=autoencoder,
-        teacher_mean=mean, teacher_std=std, q_st_start=torch.tensor(0.2), q_st_end=0.9,
-    )  # fmt: skip
-    _, st, ae = formula(image, *networks)
-    st = 0.1 * (st - 0.2) / 0.7
-    assert largest_difference(found, (0.5 * st + 0.5 * ae, st, ae)) <= TOLERANCE
-
-
-def test_nelson_predictor_is_kept_and_follows_the_weights():
-    networks = nelson_networks(seed=3)
-    teacher, student = networks[:2]
-    image = normalised(1, seed=3)
-    predict(image, *networks)
-    server = adapters._nelson[student]
-    predict(image, *networks)
-    assert adapters._nelson[student] is server
-    with torch.no_grad():
-        teacher[0].weight.mul_(1.1)
-        networks[3].add_(0.1)  # teacher_mean
-    assert largest_difference(predict(image, *networks), formula(image, *networks)) <= TOLERANCE
-    assert adapters._nelson[student] is server
-    gone = weakref.ref(server)
-    del networks, teacher, student, server
-    gc.collect()
-    assert gone() is None
-
-
-@pytest.mark.slow
-def test_nelson_dropout_stays_dropout(networks):
-    image = normalised(1, seed=4)
-    networks[2].train()
-    try:
-        torch.manual_seed(0)
-        first = predict(image, *networks)
-        torch.manual_seed(0)
-        assert torch.equal(formula(image, *networks)[0], first[0])
-    finally:
-        networks[2].eval()
-
-
-def test_nelson_networks_that_are_none(networks):
-    image = normalised(1, seed=5)
-    teacher, student, autoencoder, mean, std = networks
-    with pytest.raises(ValueError, match="the teacher given is a student; it must be"):
-        predict(image, student, teacher, autoencoder, mean, std)
-    with pytest.raises(ValueError, match="no network of"):
-        predict(image, nn.Sequential(nn.Conv2d(3, 3, 3)), student, autoencoder, mean, std)
