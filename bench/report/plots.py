@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.report.tables import dtype_name, of_kind, source
+from bench.record import Row
+from bench.report.format import dtype_name, of_kind, source
 from efficientad.utils.files import replace_file
 
-Row = dict[str, Any]
 NAMES = {"triton": "ours", "torch": "ours (torch backend)", "eager": "torch eager",
          "channels_last": "torch channels_last", "compile": "torch.compile"}  # fmt: skip
 COLORS = {"triton": "C0", "torch": "C0", "eager": "C1", "channels_last": "C2", "compile": "C3"}

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.report.tables import TABLES, source
+from bench.report.format import source
+from bench.report.tables import TABLES
 from efficientad.utils.files import write_text
 
 README = record.ROOT / "README.md"

@@ -10,75 +10,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.report.targets import Verdict, all_verdicts, fits
+from bench.record import Row
+from bench.report.format import DASH, dtype_name, error, markdown, number, of_kind, percent, source
+from bench.report.targets import all_verdicts, fits, targets_table
 from bench.shapes import BOTH, network_flop, paper_gflop
-
-Row = dict[str, Any]
-DASH = "-"
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """At least `digits` significant digits, thousands with a comma; None is a dash."""
-    if value is None:
-        return DASH
-    if isinstance(value, (str, bool)):
-        return str(value)
-    size = abs(value)
-    if isinstance(value, int) or size >= 10 ** (digits - 1):
-        return f"{value:,.0f}"
-    decimals = digits - 1
-    while size and size < 1 and decimals < 6:
-        size, decimals = size * 10, decimals + 1
-    while size >= 10:
-        size, decimals = size / 10, decimals - 1
-    return f"{value:.{max(decimals, 0)}f}"
-
-
-def percent(value: float | None) -> str:
-    return DASH if value is None else f"{100 * value:.0f} %"
-
-
-def error(value: float | None) -> str:
-    return DASH if value is None else f"{value:.1e}"
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """An aligned table; the first column is text, the others are put right."""
-    body = [list(line) for line in lines]
-    if not body:
-        return "(nothing measured)"
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-
-    def text(line: Sequence[str]) -> str:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w)
-                 for i, (cell, w) in enumerate(zip(line, widths, strict=True))]  # fmt: skip
-        return "| " + " | ".join(cells) + " |"
-
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([text(head), text(rule), *map(text, body)])
-
-
-def of_kind(found: dict[str, Any], *kinds: str) -> list[Row]:
-    return [row for row in found["rows"] if row["kind"] in kinds]
-
-
-def dtype_name(name: str | None) -> str:
-    short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}
-    return short.get(name or "", name or DASH)
-
-
-def targets_table(verdicts: Sequence[Verdict]) -> str:
-    lines = []
-    for v in verdicts:
-        t = v.target
-        limit = f"{t.rule} {number(t.limit)} {t.unit}".strip()
-        lines.append([t.name, limit, number(v.value), v.status, v.note or v.file])
-    return markdown(["target (H200, fp16 unless said)", "", "value", "", "from"], lines)
 
 
 def ceilings_table(found: dict[str, Any]) -> str:
@@ -115,7 +55,7 @@ def _times(row: Row) -> list[str]:
     reason = row.get("no_time")
     if reason:
         short = reason if len(reason) <= _SHORT else "no time"
-        return [DASH, "wrong" if "wrong" in reason else short, *[DASH] * 4]
+        return [DASH, "wrong" if row.get("wrong") else short, *[DASH] * 4]
     names = ("calls", "p50_ms", "p90_ms", "p99_ms", "max_ms", "spread_ms")
     shown = [name for name in names if (row.get("calls") or 0) >= _FEWEST.get(name, 0)]
     return [number(row.get(name)) if name in shown else DASH for name in names]
@@ -266,17 +206,6 @@ KINDS = {
     "peers": ("peer",),
     "end-to-end": ("end_to_end",),
 }
-
-
-def source(found: dict[str, Any]) -> str:
-    """Device, versions, commit and date of a results file, in one line."""
-    about = found["about"]
-    versions = about.get("versions", {})
-    named = [f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions]
-    driver = [f"driver {about['driver']}"] if "driver" in about else []
-    return ", ".join(
-        [about["device"], *driver, *named, f"commit {about.get('commit')}", str(about.get("date"))]
-    )
 
 
 def page(found: dict[str, Any]) -> str:

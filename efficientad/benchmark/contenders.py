@@ -31,7 +31,7 @@ def row(kind: str, name: str, **values: Any) -> Row:
     """A row with every key of ROW; what does not apply is None.
 
     kind: "end_to_end", "frame", "peer", "ratio", "stage" or "cold_start". Times are milliseconds.
-    no_time: why there are none.
+    no_time: why there are none. A row also has `wrong`, True, if that is what was found.
     """
     return dict.fromkeys(ROW) | {"kind": kind, "name": name} | values
 
@@ -147,6 +147,8 @@ def contender(
     if expected is not None:
         found = accuracy(*answers(run, parts, len(images)), expected, dtype)
         target |= {name: getattr(found, name) for name in ACCURACY} | {"no_time": found.problem}
+        if found.problem is not None:
+            target["wrong"] = True
     if sources is not None:
         parts = [prepare(part) for part in groups(sources, batch)]
     turn = itertools.cycle(parts)

@@ -14,6 +14,7 @@ from bench.gpu import run as gpu
 from bench.gpu import steps as gpu_steps
 from bench.gpu.run_log import Budget, RunLog, run_all
 from bench.report import plots, tables
+from bench.report.format import number
 
 
 def log(folder, earlier=None) -> RunLog:
@@ -218,6 +219,19 @@ def test_the_page_says_what_was_measured():
     assert "Left out for lack of time (1 noted)" in page
 
 
+def test_a_table_says_why_there_is_no_time():
+    """That a result is wrong the row says in a field, whatever its reason is called."""
+    reasons = [
+        {"no_time": "wrong: map error 0.3 and more", "wrong": True},
+        {"no_time": "not installed"},
+        {"no_time": "failed: RuntimeError: wrong number of channels"},
+    ]
+    rows = [made.end_to_end(kind="peer", p50_ms=None, **reason) for reason in reasons]
+    lines = tables.peers_table({"about": made.about(), "rows": rows}).splitlines()[2:]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")][6] for line in lines]
+    assert shown == ["wrong", "not installed", "no time"]
+
+
 def test_numbers_have_three_digits_or_more():
-    shown = [tables.number(x) for x in (0.123456, 1.23456, 12.3456, 123.456, 12345.6, 7, 0.0, None)]
+    shown = [number(x) for x in (0.123456, 1.23456, 12.3456, 123.456, 12345.6, 7, 0.0, None)]
     assert shown == ["0.123", "1.23", "12.3", "123", "12,346", "7", "0.00", "-"]

@@ -6,8 +6,7 @@ import helpers_bench as made
 import pytest
 
 from bench.report import targets
-from bench.report.tables import targets_table
-from bench.report.targets import MET, MISSED, OPEN, TARGETS, evaluate
+from bench.report.targets import MET, MISSED, OPEN, TARGETS, evaluate, targets_table
 
 BY_NAME = {t.name: t for t in TARGETS}
 GPU = [t for t in TARGETS if t.machine == targets.H200]

@@ -249,6 +249,7 @@ def test_a_wrong_contender_gets_no_time(clock):
     ours, right, wrong, found = rows
     assert all(set(ROW) <= set(r) for r in rows)
     assert wrong["no_time"].startswith("wrong: map error 0.05")
+    assert (wrong["wrong"], "wrong" in right, "wrong" in ours) == (True, False, False)
     assert wrong["map_error"] == pytest.approx(0.05)
     assert all(wrong[name] is None for name in TIMES)
     assert (ours["p50_ms"], right["p50_ms"], ours["calls"]) == (2.0, 6.0, 4)
