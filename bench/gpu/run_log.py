@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
+from bench.record import Row
 
-Row = dict[str, Any]
 Measurement = tuple[str, Callable[[], list[Row]]]
 # Seconds to allow for a kind of which none was taken yet.
 FIRST_GUESS = {"compiled": 20.0, "sweep": 20.0, "sanitizer": 120.0, "peer": 60.0,

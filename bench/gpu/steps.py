@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from bench.gpu.run_log import Measurement, Row, RunLog
+from bench.gpu.run_log import Measurement, RunLog
 from bench.kernels import ceilings, correctness, sweeps
 from bench.kernels import measure as bench_kernels
 from bench.kernels.ceilings import Ceilings
-from bench.kernels.inputs import FP8
-from bench.record import ROOT
+from bench.record import ROOT, Row
 from bench.shapes import BOTH
+from efficientad.utils.devices import FP8
 
 PDN_BATCHES = (1, 32)
 HALF, BF16 = torch.float16, torch.bfloat16

@@ -14,16 +14,15 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.kernels.device_times import in_turn
+from bench.record import Row
 from efficientad.benchmark.call_times import significant
+from efficientad.utils.devices import FP8
 
-Row = dict[str, Any]
-FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)
 SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}

@@ -20,13 +20,16 @@ from torch import Tensor
 
 from bench.kernels import cases as make
 from bench.kernels.case import Case
-from bench.kernels.inputs import FP8, Inputs
-from bench.kernels.measure import TOLERANCE, Measure, Row, alive, first_line
+from bench.kernels.inputs import Inputs
+from bench.kernels.measure import TOLERANCE, Measure, alive, first_line
+from bench.record import Row
 from bench.shapes import TEACHER
-from efficientad import EfficientAD, FastPredictor
 from efficientad.fast.backends import KernelBackend, TorchBackend
+from efficientad.fast.predictor import FastPredictor
 from efficientad.model.agreement import BOUNDS, difference
+from efficientad.model.detector import EfficientAD
 from efficientad.model.synthetic import frames, images, random_detector
+from efficientad.utils.devices import FP8
 
 DRAWS = 3  # sizes per configuration; one where the interpreter computes them
 CONVOLUTIONS = ("conv_relu", "conv_relu_pool", "pair_distance", "first_conv_relu_pool")  # in fp8
@@ -205,7 +208,8 @@ def check_predictor(size: str, dtype: torch.dtype, device: str, seed: int) -> Ro
     detector = _detector(size)
     predictor = FastPredictor(detector, device=device, dtype=dtype, batch_sizes=(1, 4))
     row["backend"] = predictor.facts["backend"]
-    if torch.device(device).type == "cuda" and not row["backend"].startswith("triton kernels"):
+    backend = predictor.engine.backend
+    if torch.device(device).type == "cuda" and not isinstance(backend, KernelBackend):
         reason = predictor.facts["reason"]
         return row | {"ok": False, "error": f"the kernels are not used: {reason}"}
     row["bound"] = BOUNDS[dtype][0]

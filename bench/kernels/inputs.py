@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
+from efficientad.utils.devices import FP8
+
 FILTER_SCALE = 16.0  # of fp8 filters, whose values would otherwise lie under the smallest normal
 
 

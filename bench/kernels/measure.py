@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -29,11 +28,11 @@ from bench.kernels.case import Case
 from bench.kernels.cases import Layer, layers
 from bench.kernels.ceilings import Ceilings
 from bench.kernels.device_times import in_turn
-from bench.kernels.inputs import FP8
+from bench.record import Row
 from bench.shapes import BOTH, TEACHER
 from efficientad.benchmark.call_times import significant
+from efficientad.utils.devices import FP8
 
-Row = dict[str, Any]
 Measure = Callable[[], list[Row]]
 BATCHES = (1, 32, 8)  # in order of value
 # Greatest and RMS error as parts of the result's greatest value, by the dtype of the activations.

@@ -26,8 +26,9 @@ from bench.kernels.case import Case
 from bench.kernels.cases import Layer
 from bench.kernels.ceilings import Ceilings
 from bench.kernels.device_times import in_turn
-from bench.kernels.measure import Measure, Row, alive, fault, first_line, launches, place, rates
+from bench.kernels.measure import Measure, alive, fault, first_line, launches, place, rates
 from bench.kernels.roofline import Group
+from bench.record import Row
 from bench.shapes import BOTH
 from efficientad.benchmark.call_times import significant
 from efficientad.kernels import (

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bench.predictor import peers
 from bench.predictor.options import FP8, Options, wanted
+from bench.record import Row
 from efficientad.benchmark import end_to_end as benchmark
 from efficientad.benchmark.cold_start import cold_start
 from efficientad.benchmark.contenders import (
     ACCURACY,
     Contender,
-    Row,
     as_images,
     contender,
     race,

@@ -30,7 +30,8 @@ from typing import Any
 from bench import record
 from bench.predictor.measurements import Bench
 from bench.predictor.options import FP8, Options, options, wanted
-from efficientad.benchmark.contenders import HEAD, Row, line
+from bench.record import Row
+from efficientad.benchmark.contenders import HEAD, line
 
 Measurement = tuple[str, Callable[[], list[Row]]]
 

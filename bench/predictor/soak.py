@@ -28,9 +28,10 @@ from PIL import Image
 from torch import Tensor
 
 from bench import record
-from efficientad import EfficientAD, FastPredictor
 from efficientad.fast.backends import TorchBackend
+from efficientad.fast.predictor import FastPredictor
 from efficientad.model.agreement import BOUNDS
+from efficientad.model.detector import EfficientAD
 from efficientad.model.synthetic import random_detector
 
 GROWTH = 0.02  # of resident memory, from the first tenth to the end

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from bench import record
-from efficientad import EfficientAD
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics
+from efficientad.model.detector import EfficientAD
 from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
 from efficientad.training.fitting import fit
 from efficientad.utils.devices import choose_device

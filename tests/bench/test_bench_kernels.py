@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import types
 
 import pytest
 import torch
@@ -403,6 +404,7 @@ def test_a_predictor_is_checked_against_the_float32_detector(monkeypatch):
 
         def __init__(self, detector, **options):
             self.facts = {"backend": self.backend, "reason": "none"}
+            self.engine = types.SimpleNamespace(backend=None)
 
         def __call__(self, batch):
             maps = torch.stack([torch.from_numpy(f).float().mean(2) / 255 for f in batch])
