@@ -26,7 +26,8 @@ from PIL import Image
 
 from bench import record
 from efficientad import EfficientAD
-from efficientad.data.images import find_images, read_image, resize_image, to_tensor
+from efficientad.data.decoding import read_image
+from efficientad.data.images import find_images, resize_image, to_tensor
 from efficientad.demo.parts import write_dataset
 from efficientad.training.losses import learning_rate
 from efficientad.training.pictures import (

@@ -32,7 +32,7 @@ Run = Callable[[list[Path], OnError], "Iterator[Prediction]"]
 
 def run_predict(options: argparse.Namespace) -> int:
     """Score images, write overlays, maps and a report; returns the exit code."""
-    from efficientad.data.images import ImageError, read_image
+    from efficientad.data.decoding import ImageError, read_image
     from efficientad.results.output_folder import ResultFolder, output_names
     from efficientad.utils.files import plain_text
 
@@ -187,7 +187,7 @@ def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:
 def _in_tiles(
     predictor: FastPredictor, paths: list[Path], overlap: int, on_error: OnError
 ) -> Iterator[Prediction]:
-    from efficientad.data.images import ImageError, read_image
+    from efficientad.data.decoding import ImageError, read_image
 
     for index, path in enumerate(paths):
         try:

@@ -25,6 +25,13 @@ class ImageError(ValueError):
         self.reason = reason
 
 
+class MissingImage(ImageError, FileNotFoundError):
+    """The file of an image does not exist: an unreadable image as any other, and a missing file."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "no such file")
+
+
 def read_image(source: Any) -> np.ndarray:
     """RGB pixels of an image, uint8 (H, W, 3).
 
@@ -40,9 +47,9 @@ def read_image(source: Any) -> np.ndarray:
     - An EXIF or TIFF orientation is applied, as viewers do.
     - Of several frames or pages the first is read.
 
-    Raises FileNotFoundError for a path that does not exist and ImageError for everything that
-    cannot be decoded: damaged or unknown files, sizes beyond Pillow's decompression-bomb limit,
-    floating point and 32-bit pixels, which have no agreed range.
+    Raises ImageError for everything that cannot be decoded: damaged or unknown files, sizes beyond
+    Pillow's decompression-bomb limit, floating point and 32-bit pixels, which have no agreed range;
+    its subclass MissingImage, which is a FileNotFoundError too, for a path that does not exist.
     """
     name = source_name(source)
     if not _is_encoded(source):
@@ -126,15 +133,20 @@ def _opened(source: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
+    from PIL import UnidentifiedImageError
+
     try:
         yield
-    except (ImageError, FileNotFoundError, MemoryError):
+    except (ImageError, MemoryError):
         raise
+    except FileNotFoundError:
+        raise MissingImage(name) from None
     except IsADirectoryError as error:
         raise ImageError(name, "it is a folder, not an image file") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(name, "not an image file we know") from error
     except Exception as error:  # decoders of damaged files raise nearly everything
-        known = f"{error}" if "cannot identify" not in f"{error}" else "not an image file we know"
-        raise ImageError(name, known or type(error).__name__) from error
+        raise ImageError(name, f"{error}" or type(error).__name__) from error
 
 
 def _orientation(image: Any) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efficientad.data.decoding import ImageError, image_size, read_image, read_labels, source_name
-
-__all__ = [
-    "SUFFIXES",
-    "Batch",
-    "ImageError",
-    "as_sources",
-    "find_images",
-    "image_size",
-    "load_batches",
-    "read_image",
-    "read_labels",
-    "resize_image",
-    "to_tensor",
-]
+from efficientad.data.decoding import ImageError, read_image
+from efficientad.utils.prefetch import ahead
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .dib .tif .tiff .gif .webp .jp2 .j2k "
     ".ppm .pgm .pbm .pnm".split()
 )
+
+
+_Loaded = tuple[np.ndarray, tuple[int, int]] | ImageError  # resized pixels, (height, width) before
 
 
 @dataclass
@@ -140,30 +128,36 @@ def load_batches(
     if batch_size < 1 or workers < 0:
         raise ValueError(f"batch_size must be >= 1 and workers >= 0, got {batch_size}, {workers}")
 
-    def load(source: Any) -> tuple[np.ndarray, tuple[int, int]] | ImageError:
+    def load(numbered: tuple[int, Any]) -> tuple[int, Any, _Loaded]:
+        index, source = numbered
         try:
             image = read_image(source)
-        except FileNotFoundError:
-            return ImageError(source_name(source), "no such file")
         except ImageError as error:
-            return error
-        return resize_image(image, image_size), image.shape[:2]
+            return index, source, error
+        return index, source, (resize_image(image, image_size), image.shape[:2])
 
-    return _batches(load, sources, batch_size, workers, on_error)
+    depth = batch_size + 2 * workers
+    loaded = ahead(load, enumerate(sources), workers=workers, depth=depth)
+    return _batches(loaded, batch_size, on_error)
 
 
-def _batches(load, sources, batch_size, workers, on_error) -> Iterator[Batch]:
+def _batches(
+    loaded: Iterator[tuple[int, Any, _Loaded]],
+    batch_size: int,
+    on_error: Callable[[int, Any, ImageError], None] | None,
+) -> Iterator[Batch]:
     rows: list[tuple[int, Any, np.ndarray, tuple[int, int]]] = []
-    for index, source, result in _ahead(load, sources, workers, batch_size):
-        if isinstance(result, ImageError):
-            if on_error is None:
-                raise result
-            on_error(index, source, result)
-            continue
-        rows.append((index, source, *result))
-        if len(rows) == batch_size:
-            yield _batch(rows)
-            rows = []
+    with closing(loaded):  # at once: the traceback of an error would keep the threads alive
+        for index, source, result in loaded:
+            if isinstance(result, ImageError):
+                if on_error is None:
+                    raise result
+                on_error(index, source, result)
+                continue
+            rows.append((index, source, *result))
+            if len(rows) == batch_size:
+                yield _batch(rows)
+                rows = []
     if rows:
         yield _batch(rows)
 
@@ -171,28 +165,6 @@ def _batches(load, sources, batch_size, workers, on_error) -> Iterator[Batch]:
 def _batch(rows: list[tuple[int, Any, np.ndarray, tuple[int, int]]]) -> Batch:
     indices, sources, images, sizes = map(list, zip(*rows, strict=True))
     return Batch(indices, to_tensor(images), sizes, sources)
-
-
-def _ahead(load, sources, workers, batch_size) -> Iterator[tuple[int, Any, Any]]:
-    """(index, source, load(source)) in order, with up to batch_size + 2 workers loads under way."""
-    if workers == 0:
-        for index, source in enumerate(sources):
-            yield index, source, load(source)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="efficientad-decode")
-    waiting: deque[tuple[int, Any, Future]] = deque()
-    numbered = enumerate(sources)
-    try:
-        while True:
-            room = batch_size + 2 * workers - len(waiting)
-            for index, source in itertools.islice(numbered, room):
-                waiting.append((index, source, pool.submit(load, source)))
-            if not waiting:
-                return
-            index, source, future = waiting.popleft()
-            yield index, source, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

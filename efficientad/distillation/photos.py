@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from efficientad.data.images import ImageError, read_image, resize_image, to_tensor
+from efficientad.data.decoding import ImageError, read_image
+from efficientad.data.images import resize_image, to_tensor
 from efficientad.distillation.backbones import BACKBONE_SIZE, GRID
 from efficientad.distillation.recipe import PDN_SIZE
 from efficientad.model.calibration import ChannelStatistics, Progress
@@ -98,14 +99,11 @@ def read_or_none(path: Path, on_error: OnError | None) -> np.ndarray | None:
     """The photo, or None after on_error for one that cannot be read."""
     try:
         return read_image(path)
-    except FileNotFoundError:
-        error = ImageError(str(path), "no such file")
-    except ImageError as failed:
-        error = failed
-    if on_error is None:
-        raise error
-    on_error(path, error)
-    return None
+    except ImageError as error:
+        if on_error is None:
+            raise
+        on_error(path, error)
+        return None
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from efficientad.data.images import ImageError
+from efficientad.data.decoding import ImageError
 from efficientad.distillation.photos import (
     Bank,
     View,

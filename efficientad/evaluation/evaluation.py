@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from efficientad.data.datasets import GOOD, DataSet, Sample
-from efficientad.data.images import read_image
+from efficientad.data.decoding import read_image
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.model.calibration import Progress

@@ -75,8 +75,6 @@ def read_frame(source: Any) -> Frame:
         return source
     try:
         return read_image(source)
-    except FileNotFoundError:
-        raise ImageError(source_name(source), "no such file") from None
     except TypeError as error:
         raise ImageError(source_name(source), str(error)) from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientad.data.images import ImageError
+from efficientad.data.decoding import ImageError
 from efficientad.fast.backends import TorchBackend
 from efficientad.fast.engine import Engine
 from efficientad.fast.fp8 import check_calibration

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from efficientad.data.images import ImageError, as_sources
+from efficientad.data.decoding import ImageError
+from efficientad.data.images import as_sources
 from efficientad.fast.frame_inputs import Frame, FramePredictor, read_frame
 from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import check_integer

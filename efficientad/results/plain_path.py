@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efficientad.data.images import ImageError, as_sources, load_batches
+from efficientad.data.decoding import ImageError
+from efficientad.data.images import as_sources, load_batches
 from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.results.prediction import Prediction, check_map_size
 from efficientad.utils.devices import full_float32

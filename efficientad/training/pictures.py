@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efficientad.data.images import ImageError, find_images, read_image, resize_image
+from efficientad.data.decoding import ImageError, read_image
+from efficientad.data.images import find_images, resize_image
 from efficientad.utils.sampling import random_numbers, shuffled
 
 IMAGE_CACHE_BYTES = 2 * 2**30  # of decoded, resized training images, kept in memory
@@ -128,7 +129,7 @@ class TrainingImages:
         path = self.paths[index]
         found = self._kept.get(path)
         if found is None:
-            found = resize_image(_read(path), self.image_size)
+            found = resize_image(read_image(path), self.image_size)
             if len(self._kept) < self._room:
                 self._kept[path] = found
         return found
@@ -191,7 +192,7 @@ class Photos:
             if index in self._bad:
                 continue
             try:
-                photo = _read(self.paths[index])
+                photo = read_image(self.paths[index])
             except ImageError as error:
                 with self._lock:
                     self._bad[index] = error.reason
@@ -249,10 +250,3 @@ def to_rgb(pixels: Tensor, device: torch.device) -> Tensor:
     if pixels.dtype == torch.uint8:
         pixels = pixels.to(torch.float32).div_(255)
     return pixels.permute(0, 3, 1, 2)
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        return read_image(path)
-    except FileNotFoundError:
-        raise ImageError(str(path), "no such file") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from efficientad.data.datasets import DataSet
-from efficientad.data.images import ImageError, read_image
+from efficientad.data.decoding import ImageError, read_image
 from efficientad.training.losses import HARD_QUANTILE
 from efficientad.utils.checks import check_integer, check_number, check_writable
 from efficientad.utils.devices import cpu_multiplies_bfloat16
@@ -126,8 +126,6 @@ def check_data(dataset: DataSet, evaluate_every: int) -> None:
         try:
             read_image(sample.path)
             return
-        except FileNotFoundError:
-            failed.append(f"{sample.path}: no such file")
         except ImageError as error:
             failed.append(f"{sample.path}: {error.reason}")
     more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientad.data.images import ImageError
+from efficientad.data.decoding import ImageError
 from efficientad.model.calibration import ChannelStatistics, Progress
 from efficientad.model.detector import EfficientAD
 from efficientad.training.graph_step import GraphStep

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
-def ahead(
-    load: Callable[[int], T], steps: Iterable[int], *, workers: int, depth: int
-) -> Iterator[T]:
+def ahead(load: Callable[[S], T], steps: Iterable[S], *, workers: int, depth: int) -> Iterator[T]:
     """load(step) for every step, in order, with up to `depth` of them computed ahead in threads.
 
     workers: threads; 0 computes in the caller when asked. What `load` raises is raised at its
-    place. Closing the iterator stops the threads. Raises ValueError for workers < 0 or depth < 1.
+    place. `steps` is read no further ahead. Closing the iterator stops the threads. Raises
+    ValueError for workers < 0 or depth < 1.
     """
     if workers < 0 or depth < 1:
         raise ValueError(f"workers must be >= 0 and depth >= 1, got {workers}, {depth}")

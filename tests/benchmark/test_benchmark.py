@@ -31,7 +31,7 @@ from efficientad.benchmark.contenders import (
 from efficientad.benchmark.end_to_end import benchmark, defaults, encoded, predictor_run
 from efficientad.benchmark.stages import REPEATS, _by_events, stages
 from efficientad.cli.main import main
-from efficientad.data.images import read_image
+from efficientad.data.decoding import read_image
 
 KEYS = {"kind", "name", "size", "batch", "image_size", "dtype", "device", "p50_ms", "p90_ms",
         "p99_ms", "max_ms", "mean_ms", "spread_ms", "images_per_s", "map_error", "rank_errors",

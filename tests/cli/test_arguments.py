@@ -12,7 +12,8 @@ from PIL import Image
 
 import efficientad as ead
 from efficientad.cli.main import main
-from efficientad.data.images import ImageError, as_sources
+from efficientad.data.decoding import ImageError
+from efficientad.data.images import as_sources
 from efficientad.fast.frame_inputs import read_frame
 from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import check_number

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from efficientad.data.datasets import DataSet, Sample, Saturation, split_validation
-from efficientad.data.images import image_size, load_batches
+from efficientad.data.decoding import image_size
+from efficientad.data.images import load_batches
 from efficientad.data.layouts import open_dataset
 
 

@@ -14,8 +14,8 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from efficientad.data import images
-from efficientad.data.images import ImageError, find_images, load_batches, read_image, resize_image
+from efficientad.data.decoding import ImageError, MissingImage, image_size, read_image, read_labels
+from efficientad.data.images import find_images, load_batches, resize_image, to_tensor
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (7, 9, 3), dtype=np.uint8)
@@ -65,7 +65,7 @@ def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
         assert result.flags.c_contiguous
         np.testing.assert_array_equal(result, COLOUR)
         if not isinstance(source, io.BytesIO):
-            assert images.image_size(source) == (7, 9)
+            assert image_size(source) == (7, 9)
     assert read_image(COLOUR) is COLOUR
 
 
@@ -151,7 +151,7 @@ def test_orientation_as_a_viewer_shows_it(kind: str, orientation: int) -> None:
             expected = np.asarray(ImageOps.exif_transpose(picture))
     result = read_image(data)
     np.testing.assert_array_equal(result, expected)
-    assert images.image_size(data) == result.shape[:2] == ((7, 9) if orientation < 5 else (9, 7))
+    assert image_size(data) == result.shape[:2] == ((7, 9) if orientation < 5 else (9, 7))
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,16 @@ def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert caught.value.name == str(broken)
     with pytest.raises(ImageError):
         read_image(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        read_image(tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("cannot be one")
+    with pytest.raises(ImageError, match=r"text\.png: not an image file we know"):
+        read_image(tmp_path / "text.png")
+    for read in (read_image, image_size, read_labels):
+        with pytest.raises(
+            MissingImage, match=r"cannot read .*missing\.png: no such file$"
+        ) as gone:
+            read(tmp_path / "missing.png")
+        assert isinstance(gone.value, ImageError)
+        assert isinstance(gone.value, FileNotFoundError)
     with pytest.raises(TypeError, match="int"):
         read_image(3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
@@ -208,11 +216,11 @@ def test_labels_are_stored_values() -> None:
         (Image.fromarray(DEEP), DEEP),
         (Image.fromarray(rgba), classes),
     ):
-        labels = images.read_labels(encoded(picture))
+        labels = read_labels(encoded(picture))
         assert np.issubdtype(labels.dtype, np.integer)
         np.testing.assert_array_equal(labels, expected)
     with pytest.raises(ImageError, match="whole numbers"):
-        images.read_labels(tiff(GREY.astype(np.float32)))
+        read_labels(tiff(GREY.astype(np.float32)))
 
 
 def test_resize() -> None:
@@ -230,7 +238,7 @@ def test_resize() -> None:
 
 
 def test_to_tensor() -> None:
-    tensor = images.to_tensor([COLOUR, 255 - COLOUR])
+    tensor = to_tensor([COLOUR, 255 - COLOUR])
     assert (tensor.shape, tensor.dtype) == ((2, 3, 7, 9), torch.float32)
     assert tensor.is_contiguous()
     expected = torch.from_numpy(COLOUR).permute(2, 0, 1).float() / 255
@@ -304,12 +312,14 @@ def test_unreadable_images_are_listed_not_fatal(tmp_path: Path, workers: int) ->
     assert "missing.png" in str(failed[1][2])
     stream = load_batches(sources, (8, 8), batch_size=2, workers=workers)
     assert next(stream).indices == [0, 1]
-    with pytest.raises(ImageError):
+    with pytest.raises(ImageError) as kept:
         next(stream)
+    assert kept.tb
+    assert not decoders()
 
 
 def decoders() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("efficientad-decode")]
+    return [t for t in threading.enumerate() if t.name.startswith("efficientad-ahead")]
 
 
 def test_reads_ahead_a_little_and_stops_when_closed() -> None:

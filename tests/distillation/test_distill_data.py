@@ -11,7 +11,7 @@ import torch
 from helpers_distill import SMALL, TinyBackbone, draw_photos, make_targets
 from PIL import Image
 
-from efficientad.data.images import read_image
+from efficientad.data.decoding import read_image
 from efficientad.distillation.photos import View, draw_view, normalize, show_photo, split_photos
 from efficientad.distillation.recipe import Recipe, initial_pdn
 from efficientad.model.networks import PDN

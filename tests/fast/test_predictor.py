@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import efficientad as ead
-from efficientad.data.images import ImageError, resize_image, to_tensor
+from efficientad.data.decoding import ImageError
+from efficientad.data.images import resize_image, to_tensor
 from efficientad.fast import self_check
 from efficientad.fast.backends import TorchBackend
 from efficientad.fast.frame_inputs import read_frame

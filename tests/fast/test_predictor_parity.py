@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from efficientad import EfficientAD, Prediction
-from efficientad.data.images import find_images, read_image, resize_image, to_tensor
+from efficientad.data.decoding import read_image
+from efficientad.data.images import find_images, resize_image, to_tensor
 from efficientad.data.layouts import open_dataset
 from efficientad.fast import backends, self_check
 from efficientad.fast.predictor import FastPredictor

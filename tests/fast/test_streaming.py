@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientad.data.images import ImageError
+from efficientad.data.decoding import ImageError
 from efficientad.fast.streaming import stream
 from efficientad.results.prediction import Prediction
 
