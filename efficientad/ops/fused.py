@@ -5,8 +5,7 @@ they are described. It checks them (ValueError names the argument, its value and
 backend and calls the operator of the same name in `efficientad.ops.operators`.
 
 Backends: "triton" (the kernels) and "torch" (the reference). Automatic is triton on CUDA devices
-from sm_80 on and torch elsewhere; EFFICIENTAD_BACKEND or the argument `backend` overrides. "native"
-prefers csrc/ where it has the operation, which is nowhere yet, and is automatic elsewhere.
+from sm_80 on and torch elsewhere; EFFICIENTAD_BACKEND or the argument `backend` overrides.
 """
 
 from __future__ import annotations
@@ -17,12 +16,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from efficientad.ops import operators
-from efficientad.utils.checks import check_networks, check_tensor
+from efficientad.ops.checks import (
+    check_choice,
+    check_conv,
+    check_networks,
+    check_room,
+    check_scale,
+    check_tensor,
+    wide,
+)
+from efficientad.ops.operators import KERNEL_FILES, OPERATORS
+from efficientad.utils.devices import FP8
 
-BACKENDS = ("triton", "native", "torch")
-OPERATIONS = tuple(operators.KERNEL_FILES)
-FP8 = torch.float8_e4m3fn
+BACKENDS = ("triton", "torch")
+OPERATIONS = tuple(KERNEL_FILES)
 MIN_CAPABILITY = (8, 0)
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32, torch.float64)
@@ -55,54 +62,6 @@ def _dtypes(backend: str, *, fp8: bool = False) -> tuple[torch.dtype, ...]:
     return (*(_HALVES if backend == "triton" else _FLOATS), *((FP8,) if fp8 else ()))
 
 
-def _wide(x: Tensor) -> tuple[torch.dtype]:
-    """The dtype of biases, scales and maps beside activations x."""
-    return (torch.float64 if x.dtype == torch.float64 else torch.float32,)
-
-
-def _check_choice(name: str, value: int, choices: Sequence[int]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value}; it must be {' or '.join(map(str, choices))}")
-
-
-def _check_conv(
-    names: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    sides: Sequence[int],
-    rows: int | None = None,
-) -> None:
-    """Filter (rows, K, K, Cin) and bias of a convolution on NHWC x; K is one of `sides`."""
-    shape = (rows, None, None, x.shape[3])
-    check_tensor(f"weight{names}", weight, shape, dtypes=(x.dtype,), device=x.device)
-    height, width = weight.shape[1:3]
-    if height != width or height not in sides:
-        raise ValueError(
-            f"weight{names} has {height}x{width} filters; they must be square with a side of "
-            f"{' or '.join(map(str, sides))}"
-        )
-    check_tensor(f"bias{names}", bias, (len(weight),), dtypes=_wide(x), device=x.device)
-
-
-def _check_room(name: str, x: Tensor, side: int, padding: int) -> None:
-    if padding < 0:
-        raise ValueError(f"padding is {padding}; it must be >= 0")
-    if min(x.shape[1:3]) + 2 * padding < side:
-        raise ValueError(
-            f"{name} has {x.shape[1]}x{x.shape[2]} pixels and padding {padding}; filters of "
-            f"{side}x{side} need at least their own size"
-        )
-
-
-def _check_scale(name: str, x: Tensor, scale: object | None) -> None:
-    if (x.dtype == FP8) != (scale is not None):
-        raise ValueError(
-            f"{name} has dtype {x.dtype} and scale is {'not ' if scale is None else ''}given; it "
-            "goes with float8_e4m3fn and only with that"
-        )
-
-
 def _check_group(x, weight, bias, scale, padding: int, backend: str | None) -> str:
     """Check the arguments of a convolution grouped over networks; returns the backend."""
     given = {"x": x, "weight": weight, "bias": bias}
@@ -110,7 +69,7 @@ def _check_group(x, weight, bias, scale, padding: int, backend: str | None) -> s
     first = x[0]
     chosen = choose_backend(first.device, backend)
     check_tensor("x[0]", first, (None,) * 4, dtypes=_dtypes(chosen, fp8=True))
-    _check_scale("x", first, scale)
+    check_scale("x", first, scale)
     for i, x_i in enumerate(x):
         check_tensor(f"x[{i}]", x_i, first.shape, dtypes=(first.dtype,), device=first.device)
         if weight[i].shape[1:] != weight[0].shape[1:]:
@@ -118,11 +77,11 @@ def _check_group(x, weight, bias, scale, padding: int, backend: str | None) -> s
                 f"weight[{i}] has shape {tuple(weight[i].shape)}; its kernel and input channels "
                 f"must be those of weight[0], {tuple(weight[0].shape[1:])}"
             )
-        _check_conv(f"[{i}]", x_i, weight[i], bias[i], (1, 3, 4))
-        _check_room(f"x[{i}]", x_i, weight[i].shape[1], padding)
+        check_conv(f"[{i}]", x_i, weight[i], bias[i], (1, 3, 4))
+        check_room(f"x[{i}]", x_i, weight[i].shape[1], padding)
         if scale is not None:
             check_tensor(
-                f"scale[{i}]", scale[i], bias[i].shape, dtypes=_wide(x_i), device=x_i.device
+                f"scale[{i}]", scale[i], bias[i].shape, dtypes=wide(x_i), device=x_i.device
             )
     return chosen
 
@@ -144,12 +103,12 @@ def pack(
     dtypes = (torch.uint8, torch.float16, torch.float32, *more)
     check_tensor("image", image, shape, dtypes=dtypes, contiguous=False)
     for name, value in (("mean", mean), ("std", std)):
-        check_tensor(name, value, (3,), dtypes=_wide(image), device=image.device)
+        check_tensor(name, value, (3,), dtypes=wide(image), device=image.device)
     if dtype not in _dtypes(chosen):
         raise ValueError(f"dtype is {dtype}; on {chosen} it must be one of {_dtypes(chosen)}")
     if border < 0:
         raise ValueError(f"border is {border}; it must be >= 0 pixels")
-    return operators.pack(image, mean, std, channels_last, border, dtype, chosen)
+    return OPERATORS["pack"](image, mean, std, channels_last, border, dtype, chosen)
 
 
 def first_conv_relu_pool(
@@ -167,10 +126,10 @@ def first_conv_relu_pool(
     chosen = choose_backend(x.device, backend)
     check_tensor("x", x, (None, None, None, 4), dtypes=_dtypes(chosen))
     for i in range(len(weight)):
-        _check_conv(f"[{i}]", x, weight[i], bias[i], (4,))
-    _check_room("x", x, 4, 0)
-    _check_choice("pool_padding", pool_padding, (0, 1))
-    return operators.first_conv_relu_pool(
+        check_conv(f"[{i}]", x, weight[i], bias[i], (4,))
+    check_room("x", x, 4, 0)
+    check_choice("pool_padding", pool_padding, (0, 1))
+    return OPERATORS["first_conv_relu_pool"](
         x, list(weight), list(bias), pool_padding, pool_scale, out_dtype or x.dtype, chosen
     )
 
@@ -190,7 +149,7 @@ def conv_relu(
     chosen = _check_group(x, weight, bias, scale, padding, backend)
     tensors = (list(x), list(weight), list(bias))
     dtype = out_dtype or x[0].dtype
-    return operators.conv_relu(*tensors, padding, relu, list(scale or ()), dtype, chosen)
+    return OPERATORS["conv_relu"](*tensors, padding, relu, list(scale or ()), dtype, chosen)
 
 
 def conv_relu_pool(
@@ -207,11 +166,11 @@ def conv_relu_pool(
 ) -> list[Tensor]:
     """`reference.conv_relu_pool`."""
     chosen = _check_group(x, weight, bias, scale, padding, backend)
-    _check_choice("pool_padding", pool_padding, (0, 1))
+    check_choice("pool_padding", pool_padding, (0, 1))
     tensors = (list(x), list(weight), list(bias))
     pool = (pool_padding, pool_scale)
     dtype = out_dtype or x[0].dtype
-    return operators.conv_relu_pool(*tensors, padding, *pool, list(scale or ()), dtype, chosen)
+    return OPERATORS["conv_relu_pool"](*tensors, padding, *pool, list(scale or ()), dtype, chosen)
 
 
 def pair_distance(
@@ -234,20 +193,20 @@ def pair_distance(
     check_tensor("student", student, shape, dtypes=(dtype,), device=device)
     channels, side = len(weight_teacher), weight_teacher.shape[1]
     both = bias[:channels], bias[channels:]
-    check_tensor("bias", bias, (2 * channels,), dtypes=_wide(teacher), device=device)
-    _check_conv("_teacher", teacher, weight_teacher, both[0], (1, 3, 4))
-    _check_room("teacher", teacher, side, 0)
-    _check_conv("_student", student, weight_student, bias, (side,), rows=2 * channels)
+    check_tensor("bias", bias, (2 * channels,), dtypes=wide(teacher), device=device)
+    check_conv("_teacher", teacher, weight_teacher, both[0], (1, 3, 4))
+    check_room("teacher", teacher, side, 0)
+    check_conv("_student", student, weight_student, bias, (side,), rows=2 * channels)
     out = tuple(n - side + 1 for n in teacher.shape[1:3])
     dtypes = _dtypes(chosen) if dtype == FP8 else (dtype,)
     shape = (teacher.shape[0], *out, None)
     check_tensor("autoencoder", autoencoder, shape, dtypes=dtypes, device=device)
-    _check_conv("_autoencoder", autoencoder, weight_autoencoder, both[1], (3,), rows=channels)
-    _check_scale("teacher", teacher, scale)
+    check_conv("_autoencoder", autoencoder, weight_autoencoder, both[1], (3,), rows=channels)
+    check_scale("teacher", teacher, scale)
     if scale is not None:
-        check_tensor("scale", scale, (2 * channels,), dtypes=_wide(teacher), device=device)
+        check_tensor("scale", scale, (2 * channels,), dtypes=wide(teacher), device=device)
     weights = (weight_teacher, weight_student, weight_autoencoder)
-    return operators.pair_distance(teacher, student, autoencoder, *weights, bias, scale, chosen)
+    return OPERATORS["pair_distance"](teacher, student, autoencoder, *weights, bias, scale, chosen)
 
 
 def strided_conv_relu(
@@ -263,10 +222,10 @@ def strided_conv_relu(
     """`reference.strided_conv_relu`; x may be the interior of a larger packed image."""
     chosen = choose_backend(x.device, backend)
     check_tensor("x", x, (None,) * 4, dtypes=_dtypes(chosen), contiguous=False)
-    _check_conv("", x, weight, bias, (4, 8))
-    _check_room("x", x, weight.shape[1], padding)
-    _check_choice("stride", stride, (1, 2))
-    return operators.strided_conv_relu(x, weight, bias, stride, padding, relu, chosen)
+    check_conv("", x, weight, bias, (4, 8))
+    check_room("x", x, weight.shape[1], padding)
+    check_choice("stride", stride, (1, 2))
+    return OPERATORS["strided_conv_relu"](x, weight, bias, stride, padding, relu, chosen)
 
 
 def resize_conv_relu(
@@ -283,7 +242,7 @@ def resize_conv_relu(
     """`reference.resize_conv_relu`."""
     chosen = choose_backend(x.device, backend)
     check_tensor("x", x, (None,) * 4, dtypes=_dtypes(chosen))
-    _check_conv("", x, weight, bias, (3, 4))
+    check_conv("", x, weight, bias, (3, 4))
     side = weight.shape[1]
     if min(size) < 1 or min(size) + 2 * padding < side:
         raise ValueError(
@@ -293,7 +252,7 @@ def resize_conv_relu(
     for name, table in (("rows", rows), ("cols", cols)):
         if table is not None:
             check_tensor(name, table, (None,), dtypes=(torch.int32,), device=x.device)
-    return operators.resize_conv_relu(x, weight, bias, list(size), padding, rows, cols, chosen)
+    return OPERATORS["resize_conv_relu"](x, weight, bias, list(size), padding, rows, cols, chosen)
 
 
 def bottleneck(
@@ -308,10 +267,10 @@ def bottleneck(
     """`reference.bottleneck`."""
     chosen = choose_backend(x.device, backend)
     check_tensor("x", x, (None, 8, 8, None), dtypes=_dtypes(chosen))
-    _check_conv("_encoder", x, weight_encoder, bias_encoder, (8,))
+    check_conv("_encoder", x, weight_encoder, bias_encoder, (8,))
     latent = x.new_empty((0, 1, 1, len(weight_encoder)))
-    _check_conv("", latent, weight, bias, (4,))
-    return operators.bottleneck(x, weight_encoder, bias_encoder, weight, bias, chosen)
+    check_conv("", latent, weight, bias, (4,))
+    return OPERATORS["bottleneck"](x, weight_encoder, bias_encoder, weight, bias, chosen)
 
 
 def anomaly_map(
@@ -339,4 +298,4 @@ def anomaly_map(
     map_dtype = map_dtype or map_st.dtype
     if map_dtype not in (map_st.dtype, torch.float16):
         raise ValueError(f"map_dtype is {map_dtype}; it must be {map_st.dtype} or torch.float16")
-    return operators.anomaly_map(map_st, map_ae, affine, list(size), padding, map_dtype, chosen)
+    return OPERATORS["anomaly_map"](map_st, map_ae, affine, list(size), padding, map_dtype, chosen)
