@@ -1,6 +1,6 @@
 """One launch of a fused operation, its definition, its peers.
 
-See `kernel_cases` for the launches of the networks.
+See `cases` for the launches of the networks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import plain_torch as kernel_torch
+from bench.kernels import plain_torch
 from efficientad.ops import fused as ops
 from efficientad.ops import operators, reference
 
@@ -86,7 +86,7 @@ class Case:
 
         wrap: around the expression, such as torch.compile.
         """
-        function, inputs, options = kernel_torch.expression(self, channels_last)
+        function, inputs, options = plain_torch.expression(self, channels_last)
         function = wrap(function)
 
         def call() -> object:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.kernels.device_times import in_turn
+from bench.kernels.device_times import device_times
 from bench.record import Row
 from efficientad.benchmark.call_times import significant
 from efficientad.utils.devices import FP8
@@ -93,7 +93,7 @@ def _product(dtype: torch.dtype, device: torch.device, side: int, seconds: float
     if row["max_error"] > LARGEST_ERROR:
         wrong = "wrong: the product differs from float64's"
         return row | {"us": None, "tflops": None, "no_time": wrong}
-    timing = in_turn({"product": lambda: product(a, b)}, device, seconds=seconds)["product"]
+    timing = device_times({"product": lambda: product(a, b)}, device, seconds=seconds)["product"]
     return row | timing.row() | {"tflops": significant(2 * side**3 / timing.us / 1e6)}
 
 
@@ -111,7 +111,7 @@ def _copy(device: torch.device, seconds: float) -> Row:
     source = torch.empty(nbytes // 4, device=device).normal_()
     target = torch.empty_like(source)
     call = {"copy": lambda: target.copy_(source)}
-    timing = in_turn(call, device, seconds=seconds)["copy"]
+    timing = device_times(call, device, seconds=seconds)["copy"]
     row = {"kind": "ceiling", "name": f"copy {nbytes >> 20} MiB", "dtype": "float32"}
     row |= {"device": device.type, **timing.row()}
     return {**row, "gb_s": significant(2 * source.nbytes / timing.us / 1e3)}

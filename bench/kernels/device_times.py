@@ -155,7 +155,7 @@ def sampler(
         return EventSampler(function)
 
 
-def in_turn(
+def device_times(
     functions: Mapping[str, Callable[[], object]],
     device: str | torch.device,
     *,

@@ -1,8 +1,8 @@
 """Every fused operation beside plain torch.
 
-    python -m pytest bench/kernels/measure.py --device cuda [-k "S-conv2-b32"] [--compiled]
-    python -m pytest bench/kernels/measure.py                     # small shapes on the CPU
-    python -m bench.gpu --only kernels,layers,compiled          # the same into a results file
+    python -m bench.gpu --only kernels,layers,compiled --out DIR
+
+`bench_kernels.py` beside this file is the same under pytest-benchmark, one launch at a time.
 
 Every operation at its real shapes, EfficientAD-S and M, batch 1, 8 and 32, against the same
 expression in torch: eager (NCHW), channels_last and torch.compile of that, cuDNN's benchmark on. A
@@ -20,14 +20,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
 from bench.kernels.case import Case
 from bench.kernels.cases import Layer, layers
 from bench.kernels.ceilings import Ceilings
-from bench.kernels.device_times import in_turn
+from bench.kernels.device_times import device_times
 from bench.record import Row
 from bench.shapes import BOTH, TEACHER
 from efficientad.benchmark.call_times import significant
@@ -117,7 +116,7 @@ def measure(
             calls[backend] = call
             row["nbytes"] = case.nbytes(got)
     del want
-    timings = in_turn(calls, device, seconds=seconds * len(calls)) if calls else {}
+    timings = device_times(calls, device, seconds=seconds * len(calls)) if calls else {}
     for backend, timing in timings.items():
         row = rows[backend]
         row |= timing.row()
@@ -174,13 +173,13 @@ def alive(device: str | torch.device) -> None:
 def launches(device: str, batch: int, sizes: Sequence[str], small: bool) -> Iterator[Layer]:
     """The launches of both sizes at a batch, what they share once."""
     for i, size in enumerate(sizes):
-        for layer in layers(size, parts=_parts(device, batch), small=small):
+        for layer in layers(size, parts=partial_maps(device, batch), small=small):
             if i == 0 or layer.size != BOTH:
                 yield layer
 
 
-def _parts(device: str, batch: int) -> int:
-    """Partial maps that the pair kernel leaves for the map kernel; the torch backend leaves one."""
+def partial_maps(device: str, batch: int) -> int:
+    """How many the pair kernel leaves for the map kernel; the torch backend leaves one."""
     if torch.device(device).type != "cuda":
         return 1
     from efficientad.kernels import pair_distance
@@ -225,43 +224,3 @@ def measurements(
 
             name = str(dtype).removeprefix("torch.")
             yield f"{kind}/{layer.operation}/{layer.size}/{layer.name}/b{batch}/{name}", run
-
-
-# ---- pytest-benchmark ----------------------------------------------------------------------------
-
-PLACES = [
-    (size, layer.name, batch)
-    for size in ("S", "M")
-    for batch in sorted(BATCHES)
-    for layer in layers(size)
-    if size == "S" or layer.size != BOTH
-]
-
-
-@pytest.mark.parametrize("backend", ["ours", *PEERS, "compile"])
-@pytest.mark.parametrize(
-    ("size", "name", "batch"), PLACES, ids=[f"{s}-{n}-b{b}" for s, n, b in PLACES]
-)
-def test_kernel(size: str, name: str, batch: int, backend: str, device: str, benchmark, request):
-    """pytest-benchmark's clock waits for the device; the device's own time is in extra_info."""
-    if backend == "compile" and not request.config.getoption("--compiled"):
-        pytest.skip("torch.compile is timed with --compiled")
-    on_cuda = torch.device(device).type == "cuda"
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
-    options = {"parts": _parts(device, batch), "small": not on_cuda}
-    layer = next(x for x in layers(size, **options) if x.name == name)
-    case = layer.case(device, batch, default_dtype(device))
-    backend = ours(device) if backend == "ours" else backend
-    with torch.inference_mode():
-        call, got = prepare(case, backend)
-        errors, wrong = fault(case, got, case.definition(), backend)
-        assert wrong is None, wrong
-
-        def wait() -> None:
-            call()
-            alive(device)
-
-        benchmark.extra_info |= {**errors, "backend": backend, "small": not on_cuda}
-        if on_cuda:
-            benchmark.extra_info |= in_turn({backend: call}, device)[backend].row()
-        benchmark.pedantic(wait, rounds=20 if on_cuda else 5, warmup_rounds=1)

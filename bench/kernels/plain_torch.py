@@ -81,7 +81,7 @@ def anomaly_map(
 
 
 def expression(case: Any, channels_last: bool) -> tuple[Callable, tuple, dict[str, Any]]:
-    """(function, tensors, options) of a `kernel_cases.Case`, tensors in the asked layout.
+    """(function, tensors, options) of a `case.Case`, tensors in the asked layout.
 
     Raises:
         ValueError: an fp8 case, for which torch has no convolution.

@@ -25,7 +25,7 @@ from torch import Tensor
 from bench.kernels.case import Case
 from bench.kernels.cases import Layer
 from bench.kernels.ceilings import Ceilings
-from bench.kernels.device_times import in_turn
+from bench.kernels.device_times import device_times
 from bench.kernels.measure import Measure, alive, fault, first_line, launches, place, rates
 from bench.kernels.roofline import Group
 from bench.record import Row
@@ -230,7 +230,7 @@ def measure(
         for row in rows.values():
             row["note"] = "Triton's interpreter: checked, not timed"
         return list(rows.values())
-    timings = in_turn(calls, device, seconds=seconds * len(calls)) if calls else {}
+    timings = device_times(calls, device, seconds=seconds * len(calls)) if calls else {}
     for variant, timing in timings.items():
         row = rows[variant]
         row |= timing.row() | rates(case, nbytes, timing.us, ceilings)

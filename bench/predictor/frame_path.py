@@ -2,12 +2,13 @@
 
     python -m bench.predictor.frame_path [--size 256] [--seconds 2] [--json PATH]
 
-One row per frame size and number of threads. The three run in turn, in one process, on the same
-frames: Pillow's resize (antialiased bilinear) with numpy's ((x / 255) - mean) / std in float32; the
-frame path with the same result, (256, 256, 3) float32; and with what the kernels read, (256, 256,
-4) float16. Medians and the quartiles' distance; `ratio` is Pillow's median over the frame path's.
-A row is measured only after its results were compared: `error` is the greatest difference from
-Pillow, which rounds, in levels of 255. `gb_s` counts the frame's bytes once.
+One row per frame size and number of threads. The three run in turn, a block of calls of each, in
+one process, on the same frames: Pillow's resize (antialiased bilinear) with numpy's ((x / 255) -
+mean) / std in float32; the frame path with the same result, (256, 256, 3) float32; and with what
+the kernels read, (256, 256, 4) float16. Medians and the quartiles' distance; `ratio` is Pillow's
+median over the frame path's. A row is measured only after its results were compared: `error` is the
+greatest difference from Pillow, which rounds, in levels of 255. `gb_s` counts the frame's bytes
+once.
 """
 
 from __future__ import annotations
@@ -24,30 +25,20 @@ import torch
 from PIL import Image
 
 from bench import record
+from efficientad.benchmark.call_times import in_turn
 from efficientad.ops import native
 from efficientad.ops.frame_path import resize_pack
 
 SIZES = ((480, 640), (1024, 1024), (2048, 2448))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LIMIT = 1.01  # levels
+FEWEST = 5  # calls
 
 
 def pillow(frame: np.ndarray, size: int) -> np.ndarray:
     resized = Image.fromarray(frame).resize((size, size), Image.Resampling.BILINEAR)
     mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
     return (np.asarray(resized, dtype=np.float32) / 255 - mean) / std
-
-
-def in_turn(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Times of every function in ms, one call each in turn until `seconds` are over."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
 
 
 def measure(height: int, width: int, threads: int, size: int, seconds: float) -> dict:
@@ -71,14 +62,22 @@ def measure(height: int, width: int, threads: int, size: int, seconds: float) ->
         raise SystemExit(f"{height}x{width}: off by {error} levels, float16 by {halves}; no times")
     calls = {"pillow": lambda: pillow(frame, size), "native": ours, "native_half": ours_half}
     row = {"height": height, "width": width, "threads": threads, "error": round(error, 3)}
-    for name, times in in_turn(calls, seconds).items():
-        low, median, high = statistics.quantiles(times, n=4)
+    row["calls"] = _calls(calls, seconds)
+    for name, times in in_turn(calls, warmup=1, calls=row["calls"]).items():
+        low, median, high = statistics.quantiles(times.all(), n=4)
         row[f"{name}_ms"], row[f"{name}_spread_ms"] = round(median, 3), round(high - low, 3)
-        row["calls"] = len(times)
     row["ratio"] = round(row["pillow_ms"] / row["native_ms"], 1)
     row["ratio_half"] = round(row["pillow_ms"] / row["native_half_ms"], 1)
     row["gb_s"] = round(frame.nbytes / row["native_ms"] / 1e6, 1)
     return row
+
+
+def _calls(functions: dict[str, Callable[[], object]], seconds: float) -> int:
+    """How many calls of each take so long together, judged by one."""
+    start = time.perf_counter()
+    for function in functions.values():
+        function()
+    return max(FEWEST, int(seconds / (time.perf_counter() - start)))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,11 +12,9 @@ import torch
 
 from bench import shapes
 from bench.kernels import case as kernel_case
-from bench.kernels import cases as kernel_cases
-from bench.kernels import ceilings, correctness, roofline
-from bench.kernels import device_times as timing
-from bench.kernels import measure as bench_kernels
+from bench.kernels import cases, ceilings, correctness, measure, roofline
 from bench.kernels.ceilings import Ceilings
+from bench.kernels.device_times import CLOCK, EVENTS, GRAPH, MAX_CALLS, _summary, device_times
 from efficientad.ops import fused as ops
 
 CEILINGS = Ceilings({"float32": 0.1, "float16": 0.1}, 10.0)
@@ -26,7 +24,7 @@ interpreted = pytest.mark.skipif(
 
 
 def layer(name: str, size: str = "S"):
-    return next(x for x in kernel_cases.layers(size, parts=1, small=True) if x.name == name)
+    return next(x for x in cases.layers(size, parts=1, small=True) if x.name == name)
 
 
 # ---- counts --------------------------------------------------------------------------------------
@@ -35,15 +33,15 @@ def layer(name: str, size: str = "S"):
 @pytest.mark.parametrize(("size", "total", "paper"), [("S", 75.4, 75.9), ("M", 233.3, 235.4)])
 def test_the_layers_are_the_whole_network(size, total, paper):
     """Shapes alone: their operations sum to the count of the roofline, which tests hold to hand."""
-    cases = [x.case("meta", 2, torch.float16) for x in kernel_cases.layers(size)]
-    assert sum(c.flop for c in cases) == 2 * sum(shapes.network_flop(size).values())
-    assert sum(c.flop for c in cases) / 2e9 == pytest.approx(total, abs=0.05)
+    made = [x.case("meta", 2, torch.float16) for x in cases.layers(size)]
+    assert sum(c.flop for c in made) == 2 * sum(shapes.network_flop(size).values())
+    assert sum(c.flop for c in made) / 2e9 == pytest.approx(total, abs=0.05)
     assert shapes.paper_gflop(size) == pytest.approx(paper, abs=0.05)
-    assert {c.operation for c in cases} == set(ops.OPERATIONS)
+    assert {c.operation for c in made} == set(ops.OPERATIONS)
 
 
 def test_shapes_are_those_that_the_next_layer_reads():
-    shapes = {x.name: x.case("meta", 1, torch.float16).arguments for x in kernel_cases.layers("M")}
+    shapes = {x.name: x.case("meta", 1, torch.float16).arguments for x in cases.layers("M")}
     assert shapes["pack"][0].shape == (1, 256, 256, 3)
     assert shapes["conv2"][0][1].shape == (1, 126, 126, 256)
     assert shapes["conv5"][0][0].shape == (1, 59, 59, 512)
@@ -68,13 +66,13 @@ def test_bytes_count_every_tensor_once():
 
 @pytest.mark.parametrize("size", ["S", "M"])
 def test_ours_and_plain_torch_compute_the_definition(size):
-    for one in kernel_cases.layers(size, parts=1, small=True):
+    for one in cases.layers(size, parts=1, small=True):
         case = one.case("cpu", 2, torch.float32)
         want = case.definition()
         for backend in ("torch", "eager", "channels_last"):
-            _, got = bench_kernels.prepare(case, backend)
+            _, got = measure.prepare(case, backend)
             assert len(got) == len(want)
-            _, wrong = bench_kernels.fault(case, got, want, backend)
+            _, wrong = measure.fault(case, got, want, backend)
             assert wrong is None, (one.name, backend)
 
 
@@ -116,25 +114,25 @@ def test_callables_are_timed_in_turn():
         time.sleep(seconds)
 
     calls = {"a": lambda: slow("a", 0.002), "b": lambda: slow("b", 0.006)}
-    found = timing.in_turn(calls, "cpu", seconds=0, rounds=(4, 4))
+    found = device_times(calls, "cpu", seconds=0, rounds=(4, 4))
     assert order[-8:] == ["a", "b"] * 4
     assert 2000 <= found["a"].us  # no upper bound: the machine may be busy
     assert 6000 <= found["b"].us
-    assert (found["a"].samples, found["a"].calls, found["a"].method) == (4, 1, timing.CLOCK)
+    assert (found["a"].samples, found["a"].calls, found["a"].method) == (4, 1, CLOCK)
     row = found["a"].row()
     assert row["us"] == pytest.approx(found["a"].us, abs=1e-3)
     assert row["spread_us"] >= 0
 
 
 def test_short_calls_fill_a_sample():
-    found = timing.in_turn({"short": lambda: None}, "cpu", seconds=0, rounds=(2, 2))["short"]
-    assert found.calls == timing.MAX_CALLS
+    found = device_times({"short": lambda: None}, "cpu", seconds=0, rounds=(2, 2))["short"]
+    assert found.calls == MAX_CALLS
     with pytest.raises(ValueError, match="functions are"):
-        timing.in_turn({}, "cpu")
+        device_times({}, "cpu")
 
 
 def test_the_median_and_the_quartiles():
-    found = timing._summary([1.0, 2.0, 3.0, 4.0, 100.0], 1, timing.CLOCK)
+    found = _summary([1.0, 2.0, 3.0, 4.0, 100.0], 1, CLOCK)
     assert (found.us, found.spread_us) == (3.0, 2.0)
 
 
@@ -196,17 +194,17 @@ class FakeCuda:
 
 def test_on_cuda_a_sample_is_the_replay_of_a_graph_of_many_calls(monkeypatch):
     fake = FakeCuda(monkeypatch, us=5.0, gap=20.0)
-    found = timing.in_turn({"kernel": fake}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
-    assert (found.us, found.calls, found.method) == (pytest.approx(5), 100, timing.GRAPH)
+    found = device_times({"kernel": fake}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
+    assert (found.us, found.calls, found.method) == (pytest.approx(5), 100, GRAPH)
     slow = FakeCuda(monkeypatch, us=900.0)
-    found = timing.in_turn({"kernel": slow}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
+    found = device_times({"kernel": slow}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
     assert (found.us, found.calls) == (pytest.approx(900), 1)
 
 
 def test_what_cannot_be_captured_is_timed_with_its_launch_gaps(monkeypatch):
     fake = FakeCuda(monkeypatch, us=5.0, gap=20.0, capturable=False)
-    found = timing.in_turn({"kernel": fake}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
-    assert (found.us, found.calls, found.method) == (pytest.approx(25), 20, timing.EVENTS)
+    found = device_times({"kernel": fake}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
+    assert (found.us, found.calls, found.method) == (pytest.approx(25), 20, EVENTS)
     assert fake.stream_set
 
 
@@ -261,7 +259,7 @@ def test_the_longer_floor_sets_the_bound():
 
 def test_a_row_holds_what_was_measured():
     case = layer("conv2").case("cpu", 1, torch.float32)
-    rows = bench_kernels.measure(case, "cpu", ("torch", "eager"), CEILINGS, seconds=0.01)
+    rows = measure.measure(case, "cpu", ("torch", "eager"), CEILINGS, seconds=0.01)
     ours, eager = rows
     place = {k: ours[k] for k in ("kind", "name", "size", "layer", "batch", "dtype", "backend")}
     assert place == {"kind": "kernel", "name": "conv_relu_pool", "size": "S", "layer": "conv2",
@@ -289,7 +287,7 @@ def test_what_is_wrong_or_fails_gets_no_time(monkeypatch):
     monkeypatch.setattr(kernel_case.Case, "plain_torch", broken)
     case = layer("conv3").case("cpu", 1, torch.float32)
     backends = ("torch", "eager", "channels_last")
-    ours, eager, channels_last = bench_kernels.measure(case, "cpu", backends, CEILINGS, seconds=0)
+    ours, eager, channels_last = measure.measure(case, "cpu", backends, CEILINGS, seconds=0)
     assert ours["us"] > 0
     assert eager["us"] is None
     assert eager["no_time"].startswith("wrong: greatest and RMS error 1.0e-02")
@@ -302,18 +300,18 @@ def test_torch_compile_gets_the_same_expression(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiled.append((f, dynamic)) or f)
     case = layer("conv3").case("cpu", 1, torch.float32)
-    rows = bench_kernels.measure(case, "cpu", ("torch", "compile"), CEILINGS, seconds=0)
+    rows = measure.measure(case, "cpu", ("torch", "compile"), CEILINGS, seconds=0)
     assert [(f.__name__, dynamic) for f, dynamic in compiled] == [("conv_relu", False)]
     assert rows[1]["us"] > 0
 
 
 def test_keys_are_unique_and_shared_layers_are_measured_once():
-    found = [key for key, _ in bench_kernels.measurements("cpu", lambda: CEILINGS, small=True)]
+    found = [key for key, _ in measure.measurements("cpu", lambda: CEILINGS, small=True)]
     assert len(found) == len(set(found)) == 3 * (18 + 6)
     assert found[0] == "kernel/pack/SM/pack/b1/float32"
     assert sum("/d6/" in key for key in found) == 3
     sizes = ("S",)
-    some = bench_kernels.measurements(
+    some = measure.measurements(
         "cpu", lambda: CEILINGS, sizes=sizes, batches=(1,), keep=lambda x: x.name == "pair",
         small=True, seconds=0, kind="compiled",
     )  # fmt: skip
@@ -330,7 +328,7 @@ def test_a_sweep_checks_every_tile_and_says_which_does_not_run():
     from bench.kernels import sweeps
     from efficientad.kernels import pair_distance
 
-    one = next(x for x in kernel_cases.layers("S", small=True) if x.name == "pair")
+    one = next(x for x in cases.layers("S", small=True) if x.name == "pair")
     case = one.case("cpu", 1, torch.float16)
     tiles = (sweeps.PAIR[0], sweeps.PAIR[-1], sweeps.Tile(48, 128, 128, warps=4, stages=3))
     rows = sweeps.measure(case, "cpu", tiles, CEILINGS)
@@ -362,7 +360,7 @@ def test_bytes_from_l2_are_those_of_the_static_model():
     from efficientad.kernels import conv, pair_distance
 
     launches = {launch.name: launch for launch in roofline.pdn_launches("S", 1)}
-    by_name = {x.name: x.case("meta", 1, torch.float16) for x in kernel_cases.layers("S")}
+    by_name = {x.name: x.case("meta", 1, torch.float16) for x in cases.layers("S")}
     for name, tile, results in (
         ("conv2", conv.choose_tile(90, 61**2, (256, 256), True), [torch.empty(1, 61, 61, 256)] * 2),
         ("conv3", conv.choose_tile(90, 59**2, (256, 256), False), [torch.empty(1, 59, 59, 1)]),
