@@ -74,7 +74,7 @@ def child(options: argparse.Namespace) -> int:
     """Take the measurements; progress goes to standard output, see `run_log.run_all`."""
     import torch
 
-    from bench.gpu import steps as gpu_steps
+    from bench.gpu import steps
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 is what results are compared with
@@ -90,10 +90,10 @@ def child(options: argparse.Namespace) -> int:
         return 2
     for key, taken in log.keys.items():
         budget.took(key, taken)
-    plan = gpu_steps.Plan(options.device, options.seed, log)
+    plan = steps.Plan(options.device, options.seed, log)
     if plan.on_cuda:
         torch.cuda.set_device(torch.device(options.device).index or 0)  # where kernels are launched
-    steps = gpu_steps.chosen(options.only and options.only.split(","))
+    names = steps.chosen(options.only and options.only.split(","))
 
     def after_error() -> None:
         if plan.on_cuda:
@@ -103,9 +103,7 @@ def child(options: argparse.Namespace) -> int:
     def report(line: str) -> None:
         print(line, flush=True)
 
-    run_all(
-        gpu_steps.measurements(plan, steps), log, budget, report=report, after_error=after_error
-    )
+    run_all(steps.measurements(plan, names), log, budget, report=report, after_error=after_error)
     return 0
 
 
@@ -224,10 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.seed = secrets.randbelow(10**6)
     if options.child is not None:
         return child(options)
-    from bench.gpu import steps as gpu_steps
+    from bench.gpu import steps
 
     try:
-        gpu_steps.chosen(options.only and options.only.split(","))
+        steps.chosen(options.only and options.only.split(","))
     except ValueError as error:
         made.error(str(error))
     results = options.out / RESULTS
@@ -250,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
     def patience(key: str | None) -> float:
-        return gpu_steps.PATIENCE.get(kind_of(key or ""), gpu_steps.DEFAULT_PATIENCE)
+        return steps.PATIENCE.get(kind_of(key or ""), steps.DEFAULT_PATIENCE)
 
     start = time.monotonic()
     code = supervise(command, options.out, budget, patience, environment)

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from bench.gpu.run_log import Measurement, RunLog
-from bench.kernels import ceilings, correctness, sweeps
-from bench.kernels import measure as bench_kernels
+from bench.kernels import ceilings, correctness, measure, sweeps
 from bench.kernels.ceilings import Ceilings
 from bench.record import ROOT, Row
 from bench.shapes import BOTH
@@ -100,7 +99,7 @@ def kernels_step(plan: Plan) -> Iterator[Measurement]:
 
 def layers_step(plan: Plan) -> Iterator[Measurement]:
     """The other layers, batch 8, and fp8."""
-    yield from _kernels(plan, batches=bench_kernels.BATCHES if plan.on_cuda else (1,))
+    yield from _kernels(plan, batches=measure.BATCHES if plan.on_cuda else (1,))
     if plan.has_fp8:
         yield from _kernels(
             plan,
@@ -113,7 +112,7 @@ def layers_step(plan: Plan) -> Iterator[Measurement]:
 
 def compiled_step(plan: Plan) -> Iterator[Measurement]:
     """torch.compile of the same expressions, beside ours."""
-    options = {"kind": "compiled", "backends": (bench_kernels.ours(plan.device), "compile")}
+    options = {"kind": "compiled", "backends": (measure.ours(plan.device), "compile")}
     if plan.on_cuda:
         yield from _kernels(plan, **options, keep=lambda layer: layer.size != BOTH)
         yield from _kernels(plan, **options, batches=(1,))
@@ -124,7 +123,7 @@ def compiled_step(plan: Plan) -> Iterator[Measurement]:
 def _kernels(plan: Plan, **options) -> Iterator[Measurement]:
     if not plan.on_cuda:
         options |= {"small": True, "seconds": 0.05}
-    yield from bench_kernels.measurements(plan.device, plan.ceilings, **options)
+    yield from measure.measurements(plan.device, plan.ceilings, **options)
 
 
 def sweeps_step(plan: Plan) -> Iterator[Measurement]:
@@ -143,10 +142,10 @@ def sweeps_step(plan: Plan) -> Iterator[Measurement]:
 
 def predictor_step(plan: Plan) -> Iterator[Measurement]:
     """End to end, stages and peers. Imported here: a peer that breaks it costs this step alone."""
-    from bench.predictor import run as bench_predictor
+    from bench.predictor import options, run
 
     changes = {} if plan.on_cuda else {"image_sizes": (256,)}
-    yield from bench_predictor.measurements(bench_predictor.options(plan.device, **changes))
+    yield from run.measurements(options.options(plan.device, **changes))
 
 
 def sanitizer_step(plan: Plan) -> Iterator[Measurement]:

@@ -1,4 +1,4 @@
-"""The measurements of bench_predictor."""
+"""What `bench.predictor` measures: our predictor, its peers, stages, frames and cold starts."""
 
 from __future__ import annotations
 

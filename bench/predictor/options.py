@@ -1,4 +1,4 @@
-"""What `bench.predictor` measures, and how often."""
+"""Options of `bench.predictor`: of what, where and how often."""
 
 from __future__ import annotations
 

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from bench import record
-from bench.report import training_curves as curves
-from bench.training import accuracy
-from bench.training import nearest_neighbour as yardstick
+from bench.report import training_curves
+from bench.training import accuracy, nearest_neighbour
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation import evaluation
 from efficientad.results.plain_path import RawMaps
@@ -88,7 +87,7 @@ def test_pictures_of_trainings(tmp_path):
     record.write(tmp_path / "training_measured.json", about, rows)
     teacher = [{"step": i, "train": 1.0, "held_out": 0.9, "held_out_inner": 0.8} for i in (1, 2)]
     (tmp_path / "teacher_small_distillation.json").write_text(json.dumps({"curve": teacher}))
-    curves.main(["--results", str(tmp_path), "--out", str(tmp_path / "pictures")])
+    training_curves.main(["--results", str(tmp_path), "--out", str(tmp_path / "pictures")])
     widths = {p.stem: Image.open(p).width for p in (tmp_path / "pictures").iterdir()}
     assert set(widths) == {"training_plain", "training_measured", "teacher_small_distillation"}
     assert widths["training_measured"] > 2.5 * widths["training_plain"]
@@ -153,10 +152,10 @@ def test_nearest_distance_and_bank():
     cells, bank = (torch.randn(n, 7, generator=generator) for n in (9, 23))
     wanted = torch.cdist(cells.double(), bank.double()).amin(1)
     torch.testing.assert_close(
-        yardstick.nearest_distance(cells, bank).double(), wanted, atol=1e-5, rtol=1e-5
+        nearest_neighbour.nearest_distance(cells, bank).double(), wanted, atol=1e-5, rtol=1e-5
     )
     features = torch.arange(5 * 2 * 12.0).view(5, 1, 2, 3, 4)
-    drawn = yardstick.draw_bank(iter(features), 5, 14, seed=1)
+    drawn = nearest_neighbour.draw_bank(iter(features), 5, 14, seed=1)
     assert drawn.shape == (14, 2)
     all_cells = {tuple(c) for x in features for c in x[0].flatten(1).T.tolist()}
     assert {tuple(c) for c in drawn.tolist()} <= all_cells
@@ -171,6 +170,6 @@ def test_patch_distances_find_what_no_good_image_has(dataset):
             pixels = np.array(Image.open(path).convert("RGB"), dtype=np.float32) / 255
             yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
-    found = yardstick.patch_nearest_neighbour(pixels_of, dataset, bank=6000)
+    found = nearest_neighbour.patch_nearest_neighbour(pixels_of, dataset, bank=6000)
     assert found["image_auroc"] == 1
     assert found["pixel_auroc"] > 0.99

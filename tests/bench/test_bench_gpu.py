@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import textwrap
+import types
 
 import helpers_bench as made
 import pytest
 
 from bench import record
 from bench.gpu import run as gpu
-from bench.gpu import steps as gpu_steps
+from bench.gpu import steps
 from bench.gpu.run_log import Budget, RunLog, run_all
 from bench.report import plots, tables
 from bench.report.format import number
@@ -98,11 +100,11 @@ def test_the_budget_on_the_command_line():
 
 
 def test_steps_come_in_order_of_value_with_the_ceilings_they_need():
-    assert gpu_steps.chosen(None)[:4] == ["correctness", "ceilings", "kernels", "predictor"]
-    assert gpu_steps.chosen(["sweeps", "correctness"]) == ["correctness", "ceilings", "sweeps"]
-    assert gpu_steps.chosen(["predictor"]) == ["predictor"]
+    assert steps.chosen(None)[:4] == ["correctness", "ceilings", "kernels", "predictor"]
+    assert steps.chosen(["sweeps", "correctness"]) == ["correctness", "ceilings", "sweeps"]
+    assert steps.chosen(["predictor"]) == ["predictor"]
     with pytest.raises(ValueError, match="--only is 'speed'"):
-        gpu_steps.chosen(["speed"])
+        steps.chosen(["speed"])
 
 
 def test_a_step_that_cannot_be_set_up_is_one_that_fails(tmp_path, monkeypatch):
@@ -110,25 +112,25 @@ def test_a_step_that_cannot_be_set_up_is_one_that_fails(tmp_path, monkeypatch):
         raise ImportError("no module")
         yield
 
-    monkeypatch.setitem(gpu_steps.STEPS, "sweeps", broken)
-    monkeypatch.setitem(gpu_steps.STEPS, "kernels", lambda plan: iter([("x/1", list)]))
+    monkeypatch.setitem(steps.STEPS, "sweeps", broken)
+    monkeypatch.setitem(steps.STEPS, "kernels", lambda plan: iter([("x/1", list)]))
     found = log(tmp_path)
-    plan = gpu_steps.Plan("cpu", 0, found)
-    run_all(gpu_steps.measurements(plan, ["sweeps", "kernels"]), found, Budget(100))
+    plan = steps.Plan("cpu", 0, found)
+    run_all(steps.measurements(plan, ["sweeps", "kernels"]), found, Budget(100))
     assert list(found.keys) == ["setup/sweeps", "x/1"]
     assert "ImportError: no module" in found.rows[0]["error"]
 
 
 def test_every_process_measures_its_own_ceilings(tmp_path):
     first = log(tmp_path)
-    plan = gpu_steps.Plan("cpu", 0, first)
+    plan = steps.Plan("cpu", 0, first)
     with pytest.raises(ValueError, match="products"):
         plan.ceilings()
     first.add("ceiling/part1", made.ceilings(), 1.0)
     assert plan.ceilings().tflops["bfloat16"] == 790.0
     second = log(tmp_path, first.path)
-    plan = gpu_steps.Plan("cpu", 0, second)
-    assert [key for key, _ in gpu_steps.ceilings_step(plan)] == ["ceiling/part2"]
+    plan = steps.Plan("cpu", 0, second)
+    assert [key for key, _ in steps.ceilings_step(plan)] == ["ceiling/part2"]
     with pytest.raises(ValueError, match="products"):
         plan.ceilings()
 
@@ -160,19 +162,53 @@ def test_the_whole_command_on_the_cpu(tmp_path, capsys):
     assert "matmul 1024" in shown
 
 
+def test_what_measures_needs_no_pytest():
+    program = (
+        "import sys; sys.modules['pytest'] = None; import bench.gpu.steps, bench.predictor.run; "
+        "from bench.kernels import sweeps; print('all there')"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
+    assert done.stdout == "all there\n", done.stderr
+
+
+@pytest.mark.parametrize("room", ["census", "gpu", "predictor", "report"])
+def test_rooms_that_are_commands(room):
+    command = [sys.executable, "-m", f"bench.{room}", "--help"]
+    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: bench.{room} ")
+
+
+def test_a_rooms_command_is_noted_as_it_is_typed(monkeypatch):
+    main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name="bench.gpu.__main__"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["bench/gpu/__main__.py", "--budget", "9m"])
+    assert record.about()["command"] == "python -m bench.gpu --budget 9m"
+    main.__spec__ = types.SimpleNamespace(name="bench.predictor.soak")
+    assert record.about()["command"] == "python -m bench.predictor.soak --budget 9m"
+    main.__spec__ = None
+    assert record.about()["command"] == "python bench/gpu/__main__.py --budget 9m"
+
+
+def test_the_sanitizers_program_exists():
+    (path,) = [word for word in steps.SANITIZED if word.startswith("tests/")]
+    assert (record.ROOT / path).is_file()
+
+
 def test_the_sanitizers_verdict_is_read(tmp_path, monkeypatch):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text('#!/bin/sh\necho "$2: ========= ERROR SUMMARY: 3 errors"\nexit 9\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    row = gpu_steps.sanitize("memcheck", ("true",))
+    row = steps.sanitize("memcheck", ("true",))
     assert (row["errors"], row["exit_code"], row["ok"]) == (3, 9, False)
     assert row["log_end"].startswith("memcheck:")
     tool.write_text('#!/bin/sh\necho "RACECHECK SUMMARY: 0 hazards displayed"\n')
-    row = gpu_steps.sanitize("racecheck", ("true",))
+    row = steps.sanitize("racecheck", ("true",))
     assert (row["errors"], row["ok"]) == (0, True)
     tool.write_text("#!/bin/sh\necho nothing\n")
-    assert not gpu_steps.sanitize("racecheck", ("true",))["ok"]
+    assert not steps.sanitize("racecheck", ("true",))["ok"]
 
 
 # ---- what comes out ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from helpers_timing import thin_networks
 from torch import Tensor, nn
 
 from bench import record
-from bench.predictor import measurements as predictor_cases
+from bench.predictor import measurements as bench_measurements
 from bench.predictor import peers, peers_packages, peers_torch
 from bench.predictor import run as bench_predictor
 from bench.predictor.measurements import Bench
@@ -344,8 +344,8 @@ def test_a_predictor_that_refuses_is_a_row_that_says_why(made, tmp_path, monkeyp
         asked.append((dtype, extra))
         raise ValueError("fp8 changes the order of the scores")
 
-    monkeypatch.setattr(predictor_cases.benchmark, "build_predictor", refuse)
-    monkeypatch.setattr(predictor_cases, "CALIBRATION_IMAGES", 3)
+    monkeypatch.setattr(bench_measurements.benchmark, "build_predictor", refuse)
+    monkeypatch.setattr(bench_measurements, "CALIBRATION_IMAGES", 3)
     bench = Bench(made.options, tmp_path)
     fp8 = "float8_e4m3fn"
     rows = bench.compare("S", 256, (fp8,), 1, (NELSON,))
@@ -379,7 +379,9 @@ def test_a_wrong_predictor_gets_no_time_in_any_row(made, monkeypatch):
 
 def test_stages_frames_and_cold_start(made, monkeypatch):
     monkeypatch.setattr(
-        predictor_cases, "cold_start", lambda detector, **options: {"kind": "cold_start"} | options
+        bench_measurements,
+        "cold_start",
+        lambda detector, **options: {"kind": "cold_start"} | options,
     )
     rows = made.stages("S", 256, "float32", 1)
     assert [r["name"] for r in rows[:4]] == ["frame path", "networks", "map", "copy out"]

@@ -9,8 +9,7 @@ import helpers_bench as made
 import pytest
 
 from bench import record
-from bench.report import readme as report
-from bench.report import tables
+from bench.report import readme, tables
 
 FILE = "bench/results/h200.json"
 PEER = f"{FILE}#peer/S/256/float16/b1"
@@ -41,7 +40,7 @@ def folder(tmp_path):
     found = made.results()
     record.write(tmp_path / "bench" / "results" / "h200.json", found["about"], found["rows"])
     (tmp_path / "bench" / "results" / "old.json").write_text('[{"pillow_ms": 12.34}]')
-    write(tmp_path, report.make(TEXT, tmp_path))
+    write(tmp_path, readme.make(TEXT, tmp_path))
     return tmp_path
 
 
@@ -50,7 +49,7 @@ def write(folder, text: str) -> None:
 
 
 def check(folder, *more: str) -> int:
-    return report.main([*more, "--file", str(folder / "README.md"), "--root", str(folder)])
+    return readme.main([*more, "--file", str(folder / "README.md"), "--root", str(folder)])
 
 
 def doctor(folder, old: str, new: str) -> None:
@@ -172,7 +171,7 @@ def test_markers_that_stand_alone_and_unknown_tables_are_found(folder, capsys):
 
 @pytest.mark.skipif(not record.RESULTS.is_dir(), reason="bench/results is not in the sdist")
 def test_this_projects_readme_says_what_its_files_give(capsys):
-    assert report.main(["--check"]) == 0, capsys.readouterr().err
+    assert readme.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_the_check_needs_no_torch(folder):
