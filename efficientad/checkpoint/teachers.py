@@ -19,7 +19,6 @@ from torch import Tensor
 
 from efficientad.model.networks import PDN
 from efficientad.utils.files import replace_file
-from efficientad.utils.run_state import load_state
 
 FORMAT = "efficientad-teacher"
 DEFAULT_LICENSE = (
@@ -136,20 +135,3 @@ def teacher_header(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "backbone": facts["backbone"],
         "result": {**result, "measured": losses},
     }
-
-
-def export_teacher(
-    state: str | os.PathLike, out: str | os.PathLike, *, license: str = DEFAULT_LICENSE
-) -> None:
-    """Write the teacher of a run's state file, finished or not, to `out`.
-
-    Raises FileNotFoundError, ValueError (no state of a distillation) or OSError.
-    """
-    tensors, facts = load_state(state)
-    try:
-        prefix = "average." if facts["recipe"]["ema"] else "model."
-        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        size, header = facts["recipe"]["size"], teacher_header(facts)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{state} is no state of a distillation: {error}") from error
-    save_teacher(out, weights, size=size, license=license, facts=header)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_distill import FACTS, SMALL, draw_photos, make_run
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from efficientad.checkpoint import teachers
 from efficientad.checkpoint.loading import load_teacher
@@ -17,12 +17,10 @@ from efficientad.checkpoint.teachers import (
     default_teacher,
     default_teacher_facts,
     default_teacher_path,
-    export_teacher,
     teacher_facts,
 )
 from efficientad.cli.distill import add_distill, run_distill
 from efficientad.distillation.backbones import ResNet18Trunk
-from efficientad.utils.run_state import save_state
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +52,6 @@ def test_a_teacher_file_says_what_it_is(photos, tmp_path):
     for name, parameter in teacher.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.half().float())
     assert (tmp_path / "t.safetensors").stat().st_size < 5.5e6
-    export_teacher(run.state, tmp_path / "u.safetensors", license="ours")
-    assert teacher_facts(tmp_path / "u.safetensors") == facts
-    copies = [load_file(tmp_path / f"{name}.safetensors") for name in "tu"]
-    assert all(torch.equal(value, copies[1][name]) for name, value in copies[0].items())
 
 
 def test_headers_of_other_files(tmp_path):
@@ -68,9 +62,6 @@ def test_headers_of_other_files(tmp_path):
         teacher_facts(tmp_path / "text")
     with pytest.raises(FileNotFoundError):
         teacher_facts(tmp_path / "none")
-    save_state(tmp_path / "run.state", {}, {"step": 1})
-    with pytest.raises(ValueError, match="is no state of a distillation"):
-        export_teacher(tmp_path / "run.state", tmp_path / "t.safetensors")
 
 
 def test_a_missing_default_teacher_names_the_command(tmp_path, monkeypatch):
