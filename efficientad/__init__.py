@@ -24,7 +24,7 @@ _EXPORTS = {
     "load_teacher": "checkpoint.loading",
     "Prediction": "results.prediction",
     "predict": "results.plain_path",
-    "save": "checkpoint.loading",
+    "save": "checkpoint.native_file",
 }
 
 __all__ = sorted([*_EXPORTS, "__version__"])
@@ -32,7 +32,9 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 if TYPE_CHECKING:
     from efficientad.adapters.anomalib import accelerate
     from efficientad.checkpoint.exporting import export
-    from efficientad.checkpoint.loading import CheckpointError, convert, load, load_teacher, save
+    from efficientad.checkpoint.loading import convert, load, load_teacher
+    from efficientad.checkpoint.native_file import save
+    from efficientad.checkpoint.safe_pickle import CheckpointError
     from efficientad.evaluation.evaluation import evaluate
     from efficientad.fast.fp8 import Fp8Error
     from efficientad.fast.predictor import FastPredictor

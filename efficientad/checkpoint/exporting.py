@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficientad import __version__
 from efficientad.model.agreement import difference, scale_of, worst
 from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.model.networks import check_pair
@@ -123,8 +124,6 @@ def export(
 
 def metadata(detector: EfficientAD, image_size: tuple[int, int]) -> dict[str, str]:
     """What the file says about itself."""
-    from efficientad import __version__
-
     license = detector.provenance.get("teacher_license")
     return {
         "efficientad_version": __version__,

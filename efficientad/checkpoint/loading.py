@@ -1,4 +1,4 @@
-"""Load, save and convert model files.
+"""Load and convert model files.
 
 Files are recognised by their content, never by their name, and read as data: see `safe_pickle`.
 """
@@ -18,13 +18,11 @@ from efficientad.checkpoint.foreign import (
     rximg_folder,
     tensors_of,
 )
-from efficientad.checkpoint.native_file import FORMAT, load_native, open_safetensors, save
+from efficientad.checkpoint.native_file import FORMAT, load_native, open_safetensors
 from efficientad.checkpoint.safe_pickle import CheckpointError, reading
 from efficientad.checkpoint.torch_zip import file_kind, read_torch
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN, check_model_size
-
-__all__ = ["CheckpointError", "convert", "load", "load_teacher", "save"]
 
 _KNOWN = (
     "a file of efficientad.save; an anomalib .ckpt, state dict or exported .pt of EfficientAd; a "

@@ -1,7 +1,7 @@
 """Teacher files, the default one.
 
 A teacher file is safetensors: float16 weights named as in the paper's tables ("conv1.weight"), and
-in the header what it was made from. `efficientad.checkpoint.loading.load_teacher` reads it.
+in the header what it was made from. `load_teacher` reads it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from efficientad.checkpoint.loading import load_teacher
 from efficientad.model.networks import PDN
 from efficientad.utils.files import replace_file
 
@@ -39,8 +40,6 @@ def default_teacher_path() -> Path:
 
 def default_teacher() -> PDN:
     """The default teacher: PDN-S, unpadded, frozen, float32, on the CPU. Errors as its path."""
-    from efficientad.checkpoint.loading import load_teacher
-
     return load_teacher(default_teacher_path(), "S")
 
 

@@ -83,7 +83,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
-    from efficientad.checkpoint.loading import save
+    from efficientad.checkpoint.native_file import save
     from efficientad.data.layouts import open_dataset
     from efficientad.model.calibration import calibrate
 
@@ -127,7 +127,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    from efficientad.checkpoint.loading import convert, save
+    from efficientad.checkpoint.loading import convert
+    from efficientad.checkpoint.native_file import save
 
     refuse_overwrite(options.out, options.force)
     double = {None: None, "yes": True, "no": False}[options.double_normalization]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from efficientad.checkpoint.loading import load, save
+from efficientad.checkpoint.loading import load
+from efficientad.checkpoint.native_file import save
 from efficientad.data.layouts import open_dataset
 from efficientad.demo.parts import write_dataset
 from efficientad.evaluation.evaluation import Evaluation, evaluate

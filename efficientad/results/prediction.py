@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from efficientad.results.overlay import overlay
+
 
 class Prediction:
     """The result of one image, or of a batch of N images.
@@ -128,8 +130,6 @@ class Prediction:
             ValueError: a batch, no map, or a frame that is not at hand.
         """
         from PIL import Image
-
-        from efficientad.results.overlay import overlay
 
         if self.batched:
             raise ValueError("this is the prediction of a batch; index it to overlay one image")

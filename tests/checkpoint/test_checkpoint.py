@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from efficientad import EfficientAD
 from efficientad.checkpoint import native_file
-from efficientad.checkpoint.loading import CheckpointError, convert, load, load_teacher, save
+from efficientad.checkpoint.loading import convert, load, load_teacher
+from efficientad.checkpoint.native_file import save
+from efficientad.checkpoint.safe_pickle import CheckpointError
 
 
 def make_detector(seed: int = 0, calibrated: bool = True, **options) -> EfficientAD:

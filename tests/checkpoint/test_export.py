@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import efficientad as ead
-from efficientad.checkpoint import exporting
-from efficientad.checkpoint import loading as checkpoint
+from efficientad.checkpoint import exporting, loading
 from efficientad.checkpoint.exporting import ExportError, export
 from efficientad.cli import model_files as cli_export
 
@@ -206,7 +205,7 @@ def command(*arguments: object) -> int:
 
 def test_command(model, light, tmp_path, capsys, monkeypatch):
     saved = tmp_path / "model.safetensors"
-    monkeypatch.setattr(checkpoint, "load", lambda path: {str(saved): model}[path])
+    monkeypatch.setattr(loading, "load", lambda path: {str(saved): model}[path])
     assert cli_export.FORMATS == tuple(exporting.FORMATS)
     assert command(saved, tmp_path / "a.onnx") == 0
     out = capsys.readouterr().out

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from efficientad.checkpoint.loading import CheckpointError, convert, load, load_teacher
+from efficientad.checkpoint.loading import convert, load, load_teacher
+from efficientad.checkpoint.safe_pickle import CheckpointError
 from efficientad.model.detector import IMAGENET_MEAN, IMAGENET_STD
 
 TOLERANCE = 1e-5  # of maps of order 1, float32

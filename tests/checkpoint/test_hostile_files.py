@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from efficientad.checkpoint import safe_pickle
-from efficientad.checkpoint.loading import CheckpointError, load, load_teacher, save
-from efficientad.checkpoint.safe_pickle import attributes, unpickle
+from efficientad.checkpoint.loading import load, load_teacher
+from efficientad.checkpoint.native_file import save
+from efficientad.checkpoint.safe_pickle import CheckpointError, attributes, unpickle
 from efficientad.checkpoint.torch_zip import read_npy_object, read_torch
 from efficientad.model.detector import EfficientAD
 
