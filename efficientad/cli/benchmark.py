@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientad.cli.common import EXIT_OK, EXIT_SOME_FAILED, UsageError, require_calibration
+from efficientad.cli.model_files import environment
 from efficientad.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ not suffice. What differs from the plain float32 detector by more than its bound
 
 
 def add_benchmark(commands: argparse._SubParsersAction) -> None:
-    """Add the command's arguments."""
+    """Add the command's parser to those of the command line."""
     command = commands.add_parser(
         "benchmark",
         help="how fast, and how exactly, a detector runs on this machine",
@@ -132,7 +133,5 @@ def _detector(options: argparse.Namespace) -> tuple[EfficientAD, str]:
 
 
 def _about(weights: str) -> dict[str, Any]:
-    from efficientad.cli.environment import environment
-
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return environment() | {"weights": weights, "date": now}

@@ -1,4 +1,4 @@
-"""What the commands share (loading, progress, exit codes)."""
+"""What the commands share (arguments, loading, progress, exit codes)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ EXIT_STOPPED = 130  # by Ctrl-C
 
 class UsageError(ValueError):
     """A command that cannot be carried out as it was given."""
+
+
+def add_running(
+    command: argparse.ArgumentParser,
+    batch_size: int | None = 8,
+    batch_help: str = "images per step (default 8)",
+) -> None:
+    """Add --device, --batch-size and --workers; `check_running` checks the numbers."""
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    command.add_argument("--batch-size", type=int, default=batch_size, help=batch_help)
+    command.add_argument("--workers", type=int, default=2, help="decoding threads")
+
+
+def add_layout(command: argparse.ArgumentParser) -> None:
+    """Add --layout and --category, the words of `open_dataset`."""
+    command.add_argument(
+        "--layout",
+        choices=("auto", "folder", "mvtec", "loco", "visa"),
+        default="auto",
+        help="auto recognises the others; folder takes every image below it as good",
+    )
+    command.add_argument("--category", help="object of a VisA or multi-object folder")
 
 
 def load_detector(path: str, device: str) -> EfficientAD:

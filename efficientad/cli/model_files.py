@@ -1,15 +1,50 @@
-"""The command `efficientad export`."""
+"""The commands `efficientad convert`, `export` and `info`: a model as a file, and what is there."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from efficientad import __version__
+from efficientad.cli.common import EXIT_OK, refuse_overwrite
 
 FORMATS = ("onnx", "aoti")  # of `exporting.FORMATS`, without importing torch for the help
 
 
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    """Add the command's parser to those of the command line."""
+    command = commands.add_parser("convert", help="turn another project's checkpoint into ours")
+    command.add_argument("source", help=".ckpt, .pt, .pth, or a training's folder")
+    command.add_argument("out", type=Path, help="the detector file to write (.safetensors)")
+    command.add_argument("--force", action="store_true", help="replace an existing file")
+    command.add_argument(
+        "--double-normalization",
+        choices=("yes", "no"),
+        help="whether an anomalib 1.0.x checkpoint was trained on images normalised twice",
+    )
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from efficientad.checkpoint.loading import convert
+    from efficientad.checkpoint.native_file import save
+
+    refuse_overwrite(options.out, options.force)
+    double = {None: None, "yes": True, "no": False}[options.double_normalization]
+    detector = convert(options.source, double_normalization=double)
+    save(detector, options.out)
+    print(f"saved: {options.out}")
+    if not detector.calibrated:
+        print(f"not calibrated: run `efficientad calibrate {options.out} GOOD_IMAGES`")
+    return EXIT_OK
+
+
 def add_export(commands: argparse._SubParsersAction) -> None:
-    """Add the command's arguments."""
+    """Add the command's parser to those of the command line."""
     command = commands.add_parser(
         "export", help="write an ONNX or AOTInductor file, compared with the detector"
     )
@@ -57,4 +92,94 @@ def run_export(options: argparse.Namespace) -> int:
     if not result.differences:
         print("not compared with the detector (--no-verify)")
     print(f"saved: {result.path} ({result.bytes / 1e6:.1f} MB)")
-    return 0
+    return EXIT_OK
+
+
+def add_info(commands: argparse._SubParsersAction) -> None:
+    """Add the command's parser to those of the command line."""
+    command = commands.add_parser("info", help="what is installed, or what is in a detector file")
+    command.add_argument("model", nargs="?")
+    command.add_argument("--json", action="store_true")
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    facts: dict[str, Any] = environment() if options.model is None else describe(options.model)
+    if options.json:
+        print(json.dumps(facts, indent=1, default=str))
+        return EXIT_OK
+    width = max(len(key) for key in facts)
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")
+    return EXIT_OK
+
+
+def describe(path: str) -> dict[str, Any]:
+    """What is in a detector file."""
+    from efficientad.checkpoint.loading import load
+
+    detector = load(path)
+    facts: dict[str, Any] = {
+        "file": path,
+        "size": f"EfficientAD-{detector.size}",
+        "padding": detector.padding,
+        "image size": "x".join(map(str, detector.image_size)),
+        "border rule": f"{detector.border}, {detector.map_padding} cells",
+        "score at": f"{detector.score_size} size",
+        "statistics": "set" if detector.has_statistics else "not set",
+        "quantiles": [round(q, 6) for q in detector.quantiles.tolist()]
+        if detector.calibrated
+        else "not set",
+        "threshold": detector.threshold if detector.threshold is not None else "not set",
+    }
+    if detector.calibrated:
+        from efficientad.fast.predictor import FastPredictor
+
+        fast = FastPredictor(detector, batch_sizes=(1,)).facts
+        facts["fast path"] = f"{fast['backend']}, {fast['dtype']}, {fast['device']}"
+        if fast["reason"]:
+            facts["kernels not used"] = fast["reason"]
+    for key, value in detector.provenance.items():
+        facts[f"provenance: {key}"] = value
+    return facts
+
+
+def environment() -> dict[str, Any]:
+    """What is installed and what the package would run on."""
+    import torch
+
+    from efficientad.checkpoint.teachers import default_teacher_facts
+    from efficientad.fast.backends import KernelBackend
+    from efficientad.fast.folded_network import network_name
+    from efficientad.fast.options import choose_dtype
+    from efficientad.ops import native
+    from efficientad.ops.fused import choose_backend
+
+    facts: dict[str, Any] = {"efficientad": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "numpy", "safetensors", "pillow", "scipy"):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        facts["device"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    else:
+        facts["device"] = f"cpu, {torch.get_num_threads()} threads"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose_dtype("auto", device, "auto")
+    kernels = choose_backend(device) == "triton"
+    chosen = KernelBackend.name if kernels else network_name(dtype, device)
+    facts["fast path"] = f"{chosen}, {str(dtype).removeprefix('torch.')}"
+    try:
+        facts["default teacher"] = default_teacher_facts()["license"]
+    except FileNotFoundError:
+        facts["default teacher"] = "not there; `train` needs --teacher"
+    frames = native.info()
+    facts["frame path"] = (
+        f"compiled, {frames['level']}, {frames['threads']} threads; CUDA code for "
+        f"{', '.join(f'sm_{n}' for n in frames['cuda']) or 'no device'}"
+        if frames["available"]
+        else f"torch: {frames['reason']}"
+    )
+    return facts

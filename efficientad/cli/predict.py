@@ -1,4 +1,4 @@
-"""The run of `efficientad predict`."""
+"""The command `efficientad predict`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from efficientad.cli.common import (
     EXIT_OK,
     EXIT_SOME_FAILED,
     UsageError,
+    add_running,
     check_running,
     list_failed,
     load_detector,
@@ -28,6 +29,40 @@ if TYPE_CHECKING:
 
 OnError = Callable[[int, Any, Any], None]
 Run = Callable[[list[Path], OnError], "Iterator[Prediction]"]
+
+
+def add_predict(commands: argparse._SubParsersAction) -> None:
+    """Add the command's parser to those of the command line."""
+    command = commands.add_parser("predict", help="score images and draw heat maps")
+    command.add_argument("model", help="detector file, or another project's checkpoint")
+    command.add_argument("images", nargs="+", help="image files and folders")
+    command.add_argument("--out", type=Path, default=Path("predictions"), help="output folder")
+    command.add_argument("--threshold", type=float, help="use this instead of the detector's own")
+    command.add_argument("--no-maps", action="store_true", help="write no .tiff maps")
+    command.add_argument("--no-overlays", action="store_true", help="write no overlay PNGs")
+    command.add_argument("--fail-on-anomaly", action="store_true", help="exit with 3 on an anomaly")
+    command.add_argument(
+        "--tiles",
+        type=int,
+        metavar="OVERLAP",
+        help="look at images in full resolution, in tiles of the input size that overlap by so "
+        "many pixels; for a detector that was trained and calibrated on crops of that size",
+    )
+    command.add_argument(
+        "--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)"
+    )
+    command.add_argument(
+        "--reference",
+        action="store_true",
+        help="use the plain float32 detector, not the fast path; goes with neither --tiles nor "
+        "--dtype",
+    )
+    add_running(
+        command,
+        batch_size=None,
+        batch_help="images or tiles per step at most (default: 8 with --reference, otherwise what "
+        "suits the device)",
+    )
 
 
 def run_predict(options: argparse.Namespace) -> int:

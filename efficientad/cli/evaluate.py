@@ -1,0 +1,135 @@
+"""The commands `efficientad evaluate` and `efficientad calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from efficientad.cli.common import (
+    EXIT_OK,
+    EXIT_SOME_FAILED,
+    UsageError,
+    add_layout,
+    add_running,
+    check_running,
+    list_failed,
+    load_detector,
+    print_metrics,
+    print_notes,
+    progress_bars,
+    refuse_overwrite,
+    require_calibration,
+)
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """Add the command's parser to those of the command line."""
+    command = commands.add_parser("evaluate", help="metrics on a test set with known defects")
+    command.add_argument("model")
+    command.add_argument("data", type=Path, help="MVTec AD, MVTec LOCO or VisA folder")
+    command.add_argument("--out", type=Path, default=Path("evaluation"), help="output folder")
+    add_layout(command)
+    command.add_argument(
+        "--maps", action="store_true", help="write .tiff maps as the MVTec scripts read them"
+    )
+    command.add_argument("--overlays", action="store_true", help="write overlay PNGs")
+    add_running(command)
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from efficientad.data.layouts import open_dataset
+    from efficientad.evaluation.evaluation import evaluate
+
+    check_running(options)
+    dataset = open_dataset(options.data, options.layout, options.category)
+    detector = load_detector(options.model, options.device)
+    require_calibration(detector)
+    with progress_bars() as progress:
+        result = evaluate(
+            detector,
+            dataset,
+            out=options.out,
+            maps=options.maps,
+            overlays=options.overlays,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            progress=progress,
+        )
+    print_metrics(result.metrics)
+    print(f"report: {options.out / 'report.html'}")
+    print_notes(result.notes)
+    list_failed(result.failed)
+    return EXIT_SOME_FAILED if result.failed else EXIT_OK
+
+
+def add_calibrate(commands: argparse._SubParsersAction) -> None:
+    """Add the command's parser to those of the command line."""
+    command = commands.add_parser(
+        "calibrate", help="set statistics, quantiles and threshold from good images"
+    )
+    command.add_argument("model")
+    command.add_argument("good_images", nargs="+", help="images without defects, or a data set")
+    command.add_argument("--out", type=Path, help="default: MODEL with suffix .safetensors")
+    command.add_argument("--force", action="store_true", help="replace an existing other file")
+    command.add_argument(
+        "--fpr",
+        type=float,
+        default=0.01,
+        help="share of good images that may exceed the threshold (default 0.01)",
+    )
+    command.add_argument(
+        "--statistics",
+        choices=("auto", "keep", "recompute"),
+        default="auto",
+        help="teacher channel statistics; auto computes them only if the model has none",
+    )
+    command.add_argument("--border", choices=("nelson", "anomalib", "paper"))
+    command.add_argument("--map-padding", type=int, metavar="CELLS")
+    add_layout(command)
+    add_running(command)
+
+
+def run_calibrate(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from efficientad.checkpoint.native_file import save
+    from efficientad.data.layouts import open_dataset
+    from efficientad.model.calibration import calibrate
+
+    check_running(options)
+    out = options.out or Path(options.model).with_suffix(".safetensors")
+    refuse_overwrite(out, options.force, but=Path(options.model))
+    good = options.good_images
+    if len(good) == 1 and Path(good[0]).is_dir():
+        good = open_dataset(Path(good[0]), options.layout, options.category)
+    elif options.layout != "auto" or options.category:
+        raise UsageError("--layout and --category go with one folder, not with a list of images")
+    detector = load_detector(options.model, options.device)
+    if options.border is not None or options.map_padding is not None:
+        detector.set_map_rule(options.border, options.map_padding)
+    failed: list[tuple[str, str]] = []
+    with progress_bars() as progress:
+        calibrate(
+            detector,
+            good,
+            false_positive_rate=options.fpr,
+            statistics={"auto": None, "keep": False, "recompute": True}[options.statistics],
+            batch_size=options.batch_size,
+            workers=options.workers,
+            progress=progress,
+            on_error=lambda index, source, error: failed.append((str(source), error.reason)),
+        )
+    save(detector.cpu(), out)
+    facts = detector.provenance["calibration"]
+    print(
+        f"threshold {detector.threshold:.6g} from {facts['threshold_rests_on']} good images "
+        f"(target false-positive rate {options.fpr:g})"
+    )
+    if options.fpr * facts["threshold_rests_on"] < 1:
+        print(
+            f"note: {facts['threshold_rests_on']} images cannot show a rate of {options.fpr:g}; "
+            "the threshold is the highest of their scores"
+        )
+    print(f"saved: {out}")
+    list_failed(failed)
+    return EXIT_SOME_FAILED if failed else EXIT_OK
