@@ -1,3 +1,5 @@
+"""`python -m bench.census`."""
+
 import sys
 
 from bench.census.compile import main

@@ -38,7 +38,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from .case import CensusCase
+from bench.census.case import CensusCase
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 CASE_MODULES = ("bench.census.pdn", "bench.census.autoencoder")
@@ -307,7 +307,3 @@ def main(argv: list[str] | None = None) -> int:
     for error in errors:
         print(f"did not compile: {error}", file=sys.stderr)
     return 1 if errors else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,3 +1,5 @@
+"""`python -m bench.gpu`."""
+
 import sys
 
 from bench.gpu.run import main

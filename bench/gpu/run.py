@@ -260,7 +260,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = record.read(results)["rows"]
     failed = [row for row in rows if row["kind"] == "failure" or row.get("ok") is False]
     return 1 if code or failed or failures(rows) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,3 +1,5 @@
+"""`python -m bench.predictor`."""
+
 import sys
 
 from bench.predictor.run import main

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -159,7 +158,3 @@ def main(arguments: list[str] | None = None) -> int:
     if path is not None:
         record.write(path, result["about"], result["rows"])
     return 1 if result["about"]["failed"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

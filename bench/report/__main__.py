@@ -1,3 +1,5 @@
+"""`python -m bench.report`."""
+
 import sys
 
 from bench.report.readme import main

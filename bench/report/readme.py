@@ -218,7 +218,3 @@ def main(argv: list[str] | None = None) -> int:
     for problem in found:
         print(f"{options.file.name}, {problem}", file=sys.stderr)
     return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
