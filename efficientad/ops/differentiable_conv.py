@@ -40,6 +40,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
         return torch.relu(y) if relu else y
     if kernel not in (3, 4) or weight.shape[3] != kernel:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; its kernel must be 1, 3 or 4")
+    function: type[torch.autograd.Function]
     if compiled_conv.available() and x.dtype == torch.float32:
         function = _Compiled
     else:

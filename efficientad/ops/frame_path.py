@@ -58,15 +58,13 @@ def _frame(frame: np.ndarray | Tensor) -> tuple[Any, int, int, torch.device]:
     pixel = 3 if len(shape) == 3 else 1
     inner = (pixel, 1) if pixel == 3 else (1,)
     if tuple(strides[1:]) != inner or strides[0] < pixel * shape[1]:
-        array = isinstance(frame, np.ndarray)
-        frame = np.ascontiguousarray(frame) if array else frame.contiguous()
+        if isinstance(frame, Tensor):
+            frame = frame.contiguous()
+        else:
+            frame = np.ascontiguousarray(frame)
     if isinstance(frame, Tensor):
-        return (
-            frame,
-            frame.data_ptr(),
-            pixel * shape[1] if shape[0] == 1 else frame.stride(0),
-            device,
-        )
+        pitch = pixel * shape[1] if shape[0] == 1 else frame.stride(0)
+        return frame, frame.data_ptr(), pitch, device
     address = frame.__array_interface__["data"][0]
     return frame, address, frame.strides[0], device
 
@@ -235,6 +233,7 @@ def _keep(table: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]
 
 def taps(source: int, target: int, device: torch.device) -> tuple:
     """((spans, weights, width, size) as `_native` takes a side of a resize, the tensors of it)."""
+    table: tuple[Tensor, ...]
     if device.type == "cpu":
         table = _host_table(source, target)
     else:

@@ -286,11 +286,10 @@ def anomaly_map(
     """`reference.anomaly_map`."""
     chosen = choose_backend(map_st.device, backend)
     dims = 4 if map_st.dim() == 4 else 3
-    wide = (torch.float32,) if chosen == "triton" else (torch.float32, torch.float64)
-    check_tensor("map_st", map_st, (None,) * dims, dtypes=wide)
-    like = {"dtypes": (map_st.dtype,), "device": map_st.device}
-    check_tensor("map_ae", map_ae, map_st.shape, **like)
-    check_tensor("affine", affine, (4,), **like)
+    dtypes = (torch.float32,) if chosen == "triton" else (torch.float32, torch.float64)
+    check_tensor("map_st", map_st, (None,) * dims, dtypes=dtypes)
+    for name, value, shape in (("map_ae", map_ae, map_st.shape), ("affine", affine, (4,))):
+        check_tensor(name, value, shape, dtypes=(map_st.dtype,), device=map_st.device)
     if min(size) < 1:
         raise ValueError(f"size is {tuple(size)}; rows and columns must be at least 1")
     if padding < 0:

@@ -117,7 +117,7 @@ def _map(map_st, map_ae, affine, size, padding, map_dtype, backend):
 
 # Operation -> its schema, without the backend, which all take, and its fake. An empty list of
 # scales stands for None.
-_SCHEMAS = {
+_SCHEMAS: dict[str, tuple[str, Callable]] = {
     "pack": (
         "(Tensor image, Tensor mean, Tensor std, bool channels_last, SymInt border, "
         "ScalarType dtype) -> Tensor",
@@ -172,8 +172,8 @@ def _registered(operation: str, schema: str, fake: Callable) -> torch.library.Cu
     head, _, result = schema.partition(")")
     names = re.findall(r"(\w+)(?:,|$)", head)
 
-    def run(*values):
-        *values, backend = values
+    def run(*given):
+        *values, backend = given
         arguments = dict(zip(names, values, strict=True))
         if "scale" in arguments:
             arguments["scale"] = None if arguments["scale"] == [] else arguments["scale"]

@@ -283,7 +283,7 @@ def bottleneck(
 
 def resize_reads(length: int, size: int) -> list[int]:
     """The positions of an axis of `length` that a bilinear resize to `size` reads, ascending."""
-    reads = set()
+    reads: set[int] = set()
     for i in range(size):
         source = max((i + 0.5) * length / size - 0.5, 0.0)
         reads.update((int(source), min(int(source) + 1, length - 1)))

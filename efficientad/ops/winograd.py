@@ -25,7 +25,9 @@ POINTS = {3: (0, 1, -1, 0.5, -2), 4: (0, 1, -1, -0.5, -2, 1.5)}
 def matrices(kernel: int) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
     """One axis: input (T, T), filter (T, kernel) and output (T, OUT) transform, T = kernel + 3."""
     points = [Fraction(point) for point in POINTS[kernel]]
-    data, filters, outputs = [], [], []
+    data: list[list[Fraction]] = []
+    filters: list[list[Fraction]] = []
+    outputs: list[list[Fraction]] = []
     for i, a in enumerate(points):
         others = [b for k, b in enumerate(points) if k != i]
         norm = functools.reduce(lambda x, b: x * (a - b), others, Fraction(1))
@@ -35,7 +37,11 @@ def matrices(kernel: int) -> tuple[list[list[float]], list[list[float]], list[li
     data.append(_polynomial(points))
     filters.append([Fraction(int(j == kernel - 1)) for j in range(kernel)])
     outputs.append([Fraction(int(j == OUT - 1)) for j in range(OUT)])
-    return tuple([[float(v) for v in row] for row in m] for m in (data, filters, outputs))
+    return _floats(data), _floats(filters), _floats(outputs)
+
+
+def _floats(matrix: list[list[Fraction]]) -> list[list[float]]:
+    return [[float(value) for value in row] for row in matrix]
 
 
 def _polynomial(roots: list[Fraction]) -> list[Fraction]:
@@ -43,7 +49,8 @@ def _polynomial(roots: list[Fraction]) -> list[Fraction]:
     coefficients = [Fraction(1)]
     for root in roots:
         shifted = [Fraction(0), *coefficients]
-        coefficients = [s - root * c for s, c in zip(shifted, [*coefficients, 0], strict=True)]
+        kept = [*coefficients, Fraction(0)]
+        coefficients = [s - root * c for s, c in zip(shifted, kept, strict=True)]
     return coefficients
 
 
@@ -59,5 +66,6 @@ def axis_transforms(kernel: int) -> tuple[Tensor, Tensor]:
 def transforms(kernel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Both axes at once: input (T^2, T^2), filter (T^2, kernel^2) and output (T^2, OUT^2)."""
     with torch.inference_mode(False):
-        one = (torch.tensor(m, dtype=torch.float64) for m in matrices(kernel))
-        return tuple(torch.kron(m, m).to(dtype) for m in one)
+        one = [torch.tensor(m, dtype=torch.float64) for m in matrices(kernel)]
+        data, filters, outputs = (torch.kron(m, m).to(dtype) for m in one)
+        return data, filters, outputs

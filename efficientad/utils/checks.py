@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import os
 from numbers import Real
 from pathlib import Path
+from typing import SupportsIndex, TypeGuard
 
 
 def check_integer(name: str, value: object, least: int | None = None) -> int:
     """`value` as an int; ValueError unless it is an integer, of at least `least` if that is set."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number = None
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError):  # a NumPy array has the method, too
+            number = operator.index(value)
     if number is None or (least is not None and number < least):
         rule = "" if least is None else f" >= {least}"
         raise ValueError(f"{name} is {value!r}; it must be an integer{rule}")
@@ -40,7 +42,7 @@ def check_number(
     raise ValueError(f"{name} is {value!r}; it must be {rule}")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite real number, not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,9 +15,11 @@ _lock = threading.RLock()
 
 @contextmanager
 def captured(
-    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
+    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None
 ) -> Iterator[None]:
     """Capture what runs inside, on `stream` and on those that join it, into `graph`.
+
+    pool: memory that graphs share, as `graph.pool()` gives it.
 
     Other threads may allocate, pin and compute meanwhile (thread_local). What no mode allows is
     kept out: `torch.cuda.graph` waits for the whole device at its start, which would break another

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def full_float32() -> Iterator[None]:
 
     The setting is the process's. It is put back when the last thread leaves.
     """
-    conv = torch.backends.cudnn.conv
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # not in torch's stubs
     with _Precision.lock:
         if not _Precision.users:
             _Precision.before = conv.fp32_precision

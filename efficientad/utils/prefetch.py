@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def ahead(load: Callable[[S], T], steps: Iterable[S], *, workers: int, depth: int) -> Iterator[T]:
+def ahead(
+    load: Callable[[S], T], steps: Iterable[S], *, workers: int, depth: int
+) -> Generator[T, None, None]:
     """load(step) for every step, in order, with up to `depth` of them computed ahead in threads.
 
     workers: threads; 0 computes in the caller when asked. What `load` raises is raised at its
@@ -24,7 +26,9 @@ def ahead(load: Callable[[S], T], steps: Iterable[S], *, workers: int, depth: in
     return _ahead(load, steps, workers, depth)
 
 
-def _ahead(load, steps, workers, depth):
+def _ahead(
+    load: Callable[[S], T], steps: Iterable[S], workers: int, depth: int
+) -> Generator[T, None, None]:
     if workers == 0:
         yield from map(load, steps)
         return

@@ -107,6 +107,7 @@ class ExactQuantiles:
         return bucket, rank - int(ends[bucket] - self._high[bucket])
 
     def _order_statistic(self, rank: int) -> float:
+        assert self._low is not None
         bucket, inside = self._bucket(rank)
         low = int(np.searchsorted(np.cumsum(self._low[bucket]), inside, side="right"))
         return float(key_values(np.array([bucket << HALF | low], dtype=np.uint32))[0])

@@ -96,11 +96,13 @@ def restore_optimizer(
     missing entry or a wrong shape.
     """
     for name, parameter, state in _parameters(optimizer, names):
-        found = {key: tensors.get(f"optimizer.{name}.{key}") for key in _ADAM}
-        if all(value is None for value in found.values()):
+        places = {key: f"optimizer.{name}.{key}" for key in _ADAM}
+        found = {key: tensors[place] for key, place in places.items() if place in tensors}
+        if not found:
             state.clear()
             continue
-        for key, value in found.items():
+        for key in _ADAM:
+            value = found.get(key)
             shape = torch.Size() if key == "step" else parameter.shape
             if value is None or value.shape != shape:
                 got = "is missing" if value is None else f"has shape {tuple(value.shape)}"
