@@ -127,8 +127,8 @@ def _opened(source: Any) -> Iterator[tuple[Any, Any]]:
         with open(source, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
             yield image, stream
     else:
-        stream = source if hasattr(source, "read") else io.BytesIO(source)
-        yield Image.open(stream, formats=FORMATS), stream
+        file = source if hasattr(source, "read") else io.BytesIO(source)
+        yield Image.open(file, formats=FORMATS), file
 
 
 @contextmanager

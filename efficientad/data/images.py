@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +142,7 @@ def load_batches(
 
 
 def _batches(
-    loaded: Iterator[tuple[int, Any, _Loaded]],
+    loaded: Generator[tuple[int, Any, _Loaded], None, None],
     batch_size: int,
     on_error: Callable[[int, Any, ImageError], None] | None,
 ) -> Iterator[Batch]:

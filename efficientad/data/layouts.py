@@ -123,7 +123,8 @@ def _defect_folders(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
 
 def _open_mvtec(root: Path) -> DataSet:
     train, validation = split_validation(_good(root / "train" / GOOD))
-    test, notes = [], []
+    test: list[Sample] = []
+    notes: list[str] = []
     for defect, path in _defect_folders(root, notes):
         masks: tuple[Path, ...] = ()
         if defect != GOOD:
@@ -136,11 +137,12 @@ def _open_mvtec(root: Path) -> DataSet:
 
 
 def _open_loco(root: Path) -> DataSet:
-    test, notes = [], []
+    test: list[Sample] = []
+    notes: list[str] = []
     for defect, path in _defect_folders(root, notes):
         folder = root / "ground_truth" / defect / path.stem
-        masks = sorted(folder.iterdir()) if defect != GOOD and folder.is_dir() else []
-        masks = tuple(mask for mask in masks if mask.suffix.lower() in SUFFIXES)
+        inside = sorted(folder.iterdir()) if defect != GOOD and folder.is_dir() else []
+        masks = tuple(mask for mask in inside if mask.suffix.lower() in SUFFIXES)
         test.append(Sample(path, int(defect != GOOD), defect, masks))
     return DataSet(
         root,
@@ -185,7 +187,7 @@ def _open_visa(root: Path, category: str | None) -> DataSet:
     objects = sorted({row["object"] for row in rows})
     if category is None and len(objects) == 1:
         category = objects[0]
-    if category not in objects:
+    if category is None or category not in objects:
         raise ValueError(f"category must be one of {', '.join(objects)}, got {category!r}")
     parts: dict[str, list[Sample]] = {"train": [], "test": []}
     rows = [row for row in rows if row["object"] == category and row["split"] in parts]
