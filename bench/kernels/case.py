@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels import plain_torch
-from efficientad.ops import fused as ops
-from efficientad.ops import operators, reference
+from efficientad.ops import fused, operators, reference
 
 
 @dataclass
@@ -72,7 +71,7 @@ class Case:
 
     def through_ops(self, backend: str) -> tuple[Callable[[], object], list[Tensor]]:
         """(the checked operation on a backend, its results)."""
-        operation = getattr(ops, self.operation)
+        operation = getattr(fused, self.operation)
 
         def call() -> object:
             return operation(*self.arguments, **self.options, backend=backend)

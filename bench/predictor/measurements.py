@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.predictor import peers
 from bench.predictor.options import FP8, Options, wanted
 from bench.record import Row
-from efficientad.benchmark import end_to_end as benchmark
+from efficientad.benchmark import end_to_end
 from efficientad.benchmark.cold_start import cold_start
 from efficientad.benchmark.contenders import (
     ACCURACY,
@@ -65,7 +65,7 @@ class Bench:
         if not folder.exists():
             frames = random_frames(CALIBRATION_IMAGES, side, side, seed=1)
             folder.mkdir()
-            for i, data in enumerate(benchmark.encoded(frames, "png")):
+            for i, data in enumerate(end_to_end.encoded(frames, "png")):
                 (folder / f"{i:02}.png").write_bytes(data)
         return folder
 
@@ -100,7 +100,7 @@ class Bench:
         extra = {"calibration": self.good_images(side)} if dtype == FP8 else {}
         detector, device = self.detector(size, side, dtype), self.options.device
         try:
-            return benchmark.build_predictor(detector, (batch,), device, dtype, **extra)
+            return end_to_end.build_predictor(detector, (batch,), device, dtype, **extra)
         except ValueError as error:
             return f"not built: {error}"
 
@@ -116,7 +116,7 @@ class Bench:
         if isinstance(predictor, str):
             shared = self._shared(size, side, batch) | {"dtype": dtype, "no_time": predictor}
             return Contender(row("end_to_end", "FastPredictor", **shared), None)
-        return benchmark.ours(*self._known(predictor, size, side, dtype), batch)
+        return end_to_end.ours(*self._known(predictor, size, side, dtype), batch)
 
     def _known(self, predictor: FastPredictor, size: str, side: int, dtype: str) -> tuple:
         """What contenders of `efficientad.benchmark.end_to_end` are made of."""
@@ -174,7 +174,7 @@ class Bench:
         predictor = self.predictor(size, side, dtype, 1)
         if isinstance(predictor, str):
             return [self.ours(size, side, dtype, 1).row | {"kind": "frame"}]
-        field = benchmark.camera(
+        field = end_to_end.camera(
             *self._known(predictor, size, side, dtype), self.options.frame_size
         )
         return race(field, **self.options.counts)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.predictor import peers
-from efficientad.benchmark import end_to_end as benchmark
+from efficientad.benchmark import end_to_end
 from efficientad.benchmark.call_times import check_counts
 from efficientad.fast.options import choose_dtype
 from efficientad.model.networks import check_image_size, check_model_size
@@ -21,7 +21,7 @@ DEFAULTS = {
         "dtypes": ("float16", "bfloat16", FP8),
         "peer_batches": (1, 16, 32),
         "seconds": 4.0,
-        "images": benchmark.IMAGES,
+        "images": end_to_end.IMAGES,
     },
     "cpu": {"batches": (1, 4), "peer_batches": (1,), "seconds": 4.0, "images": 4},
 }
@@ -73,12 +73,12 @@ def options(device: str | torch.device = "auto", **changes: Any) -> Options:
         ValueError: an option that does not exist, or has a value out of range.
     """
     device = choose_device(device)
-    values = benchmark.defaults(device) | DEFAULTS[device.type]
+    values = end_to_end.defaults(device) | DEFAULTS[device.type]
     if device.type == "cpu":  # its own first; both, because published figures are in either
         own = str(choose_dtype("auto", device, "auto")).removeprefix("torch.")
         half = ("bfloat16",) if cpu_multiplies_bfloat16() else ()
         values["dtypes"] = tuple(dict.fromkeys((own, "float32", *half)))
-    values |= {"sizes": ("S", "M"), "image_sizes": (256, 512), "frame_size": benchmark.CAMERA}
+    values |= {"sizes": ("S", "M"), "image_sizes": (256, 512), "frame_size": end_to_end.CAMERA}
     values |= {"compile": device.type == "cuda", "peers": None}
     unknown = sorted(set(changes) - set(values))
     if unknown:
@@ -102,7 +102,7 @@ def _check(made: Options) -> None:
     for name in made.dtypes:
         if name not in DTYPES:
             raise ValueError(f"dtypes has {name!r}; there are {', '.join(DTYPES)}")
-    benchmark.check_batch_sizes(made.batches)
+    end_to_end.check_batch_sizes(made.batches)
     check_counts(**made.counts)
     if made.images < 1:
         raise ValueError(f"images is {made.images}; it must be at least 1")

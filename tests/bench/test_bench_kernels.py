@@ -1,10 +1,8 @@
-"""The kernel benchmark: its counts, its clock, and that what is wrong gets no time."""
+"""The kernel benchmark: its counts, its rows, its sweeps, and that what is wrong gets no time."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import time
 import types
 
 import pytest
@@ -12,10 +10,9 @@ import torch
 
 from bench import shapes
 from bench.kernels import case as kernel_case
-from bench.kernels import cases, ceilings, correctness, measure, roofline
+from bench.kernels import cases, correctness, measure, roofline
 from bench.kernels.ceilings import Ceilings
-from bench.kernels.device_times import CLOCK, EVENTS, GRAPH, MAX_CALLS, _summary, device_times
-from efficientad.ops import fused as ops
+from efficientad.ops import fused
 
 CEILINGS = Ceilings({"float32": 0.1, "float16": 0.1}, 10.0)
 interpreted = pytest.mark.skipif(
@@ -37,7 +34,7 @@ def test_the_layers_are_the_whole_network(size, total, paper):
     assert sum(c.flop for c in made) == 2 * sum(shapes.network_flop(size).values())
     assert sum(c.flop for c in made) / 2e9 == pytest.approx(total, abs=0.05)
     assert shapes.paper_gflop(size) == pytest.approx(paper, abs=0.05)
-    assert {c.operation for c in made} == set(ops.OPERATIONS)
+    assert {c.operation for c in made} == set(fused.OPERATIONS)
 
 
 def test_shapes_are_those_that_the_next_layer_reads():
@@ -101,157 +98,6 @@ def test_rows_of_the_sixth_decoder_layer_that_nobody_reads_do_not_count():
     assert case.errors(got, want) == (0.0, 0.0)
     got[0][:, read[0], read[0]] = torch.nan
     assert case.errors(got, want)[0] == float("inf")
-
-
-# ---- the clock -----------------------------------------------------------------------------------
-
-
-def test_callables_are_timed_in_turn():
-    order = []
-
-    def slow(name, seconds):
-        order.append(name)
-        time.sleep(seconds)
-
-    calls = {"a": lambda: slow("a", 0.002), "b": lambda: slow("b", 0.006)}
-    found = device_times(calls, "cpu", seconds=0, rounds=(4, 4))
-    assert order[-8:] == ["a", "b"] * 4
-    assert 2000 <= found["a"].us  # no upper bound: the machine may be busy
-    assert 6000 <= found["b"].us
-    assert (found["a"].samples, found["a"].calls, found["a"].method) == (4, 1, CLOCK)
-    row = found["a"].row()
-    assert row["us"] == pytest.approx(found["a"].us, abs=1e-3)
-    assert row["spread_us"] >= 0
-
-
-def test_short_calls_fill_a_sample():
-    found = device_times({"short": lambda: None}, "cpu", seconds=0, rounds=(2, 2))["short"]
-    assert found.calls == MAX_CALLS
-    with pytest.raises(ValueError, match="functions are"):
-        device_times({}, "cpu")
-
-
-def test_the_median_and_the_quartiles():
-    found = _summary([1.0, 2.0, 3.0, 4.0, 100.0], 1, CLOCK)
-    assert (found.us, found.spread_us) == (3.0, 2.0)
-
-
-class FakeCuda:
-    """Just enough of torch.cuda to run a callable of `us` microseconds, eagerly or from a graph."""
-
-    def __init__(self, monkeypatch, us: float, gap: float = 0.0, capturable: bool = True) -> None:
-        self.now, self.us, self.gap = 0.0, us, gap
-        self.capturing, self.stream_set = None, None
-        fake, cuda = self, torch.cuda
-
-        class Stream:
-            device = torch.device("cuda", 0)
-
-            def wait_stream(self, other):
-                pass
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                self.at = fake.now
-
-            def synchronize(self):
-                pass
-
-            def elapsed_time(self, end):
-                return (end.at - self.at) / 1e3
-
-        class Graph:
-            calls = 0
-
-            def replay(self):
-                fake.now += self.calls * fake.us
-
-        @contextlib.contextmanager
-        def capture(graph, pool, stream, capture_error_mode):
-            if not capturable:
-                raise RuntimeError("operation not permitted when stream is capturing")
-            fake.capturing = graph
-            yield
-            fake.capturing = None
-
-        default = Stream()
-        values = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": capture}
-        values |= {"current_stream": lambda: default, "synchronize": lambda *device: None}
-        values |= {name: lambda where: contextlib.nullcontext() for name in ("stream", "device")}
-        values |= {"set_stream": lambda s: setattr(fake, "stream_set", s is default)}
-        for name, value in values.items():
-            monkeypatch.setattr(cuda, name, value)
-
-    def __call__(self) -> None:
-        if self.capturing is not None:
-            self.capturing.calls += 1
-        else:
-            self.now += self.us + self.gap
-
-
-def test_on_cuda_a_sample_is_the_replay_of_a_graph_of_many_calls(monkeypatch):
-    fake = FakeCuda(monkeypatch, us=5.0, gap=20.0)
-    found = device_times({"kernel": fake}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
-    assert (found.us, found.calls, found.method) == (pytest.approx(5), 100, GRAPH)
-    slow = FakeCuda(monkeypatch, us=900.0)
-    found = device_times({"kernel": slow}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
-    assert (found.us, found.calls) == (pytest.approx(900), 1)
-
-
-def test_what_cannot_be_captured_is_timed_with_its_launch_gaps(monkeypatch):
-    fake = FakeCuda(monkeypatch, us=5.0, gap=20.0, capturable=False)
-    found = device_times({"kernel": fake}, "cuda", seconds=0, rounds=(3, 3))["kernel"]
-    assert (found.us, found.calls, found.method) == (pytest.approx(25), 20, EVENTS)
-    assert fake.stream_set
-
-
-# ---- ceilings ------------------------------------------------------------------------------------
-
-
-def test_ceilings_on_a_cpu(monkeypatch):
-    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 16)
-    rows = ceilings.measure("cpu", seconds=0, side=64)
-    found = ceilings.from_rows(rows)
-    assert set(found.tflops) == {"float32", "bfloat16"}
-    product = rows[0]
-    assert product["tflops"] == pytest.approx(2 * 64**3 / product["us"] / 1e6, rel=0.1)
-    assert rows[-1]["gb_s"] == pytest.approx(2 * (1 << 16) / rows[-1]["us"] / 1e3, rel=0.02)
-    with pytest.raises(ValueError, match="the rows hold 0 products"):
-        ceilings.from_rows([])
-
-
-def test_a_wrong_product_is_no_ceiling(monkeypatch):
-    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 16)
-    genuine = ceilings.product
-    monkeypatch.setattr(ceilings, "product", lambda a, b: genuine(a, b) * 1.1)
-    rows = ceilings.measure("cpu", seconds=0, side=32)
-    assert all(row["tflops"] is None and row["us"] is None for row in rows[:-1])
-    assert "wrong" in rows[0]["no_time"]
-
-
-def test_a_dtype_that_the_library_has_not_costs_only_itself(monkeypatch):
-    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 16)
-    genuine = ceilings.product
-
-    def product(a, b):
-        if a.dtype == torch.bfloat16:
-            raise RuntimeError("not supported\nmore")
-        return genuine(a, b)
-
-    monkeypatch.setattr(ceilings, "product", product)
-    rows = ceilings.measure("cpu", seconds=0, side=32)
-    assert set(ceilings.from_rows(rows).tflops) == {"float32"}
-    assert rows[1]["no_time"] == "not supported"
-
-
-def test_the_longer_floor_sets_the_bound():
-    limits = Ceilings({"float16": 800.0, "bfloat16": 790.0}, 4000.0)
-    assert limits.floor_us(800e6, 4e3, "float16") == (pytest.approx(1.0), "tflops")
-    assert limits.floor_us(800e6, 8e6, "float16") == (pytest.approx(2.0), "gb_s")
-    assert limits.floor_us(800e6, 0, "float32")[0] == pytest.approx(1.0)
 
 
 # ---- rows ----------------------------------------------------------------------------------------

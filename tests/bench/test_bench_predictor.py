@@ -344,7 +344,7 @@ def test_a_predictor_that_refuses_is_a_row_that_says_why(made, tmp_path, monkeyp
         asked.append((dtype, extra))
         raise ValueError("fp8 changes the order of the scores")
 
-    monkeypatch.setattr(bench_measurements.benchmark, "build_predictor", refuse)
+    monkeypatch.setattr(bench_measurements.end_to_end, "build_predictor", refuse)
     monkeypatch.setattr(bench_measurements, "CALIBRATION_IMAGES", 3)
     bench = Bench(made.options, tmp_path)
     fp8 = "float8_e4m3fn"
