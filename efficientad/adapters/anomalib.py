@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from efficientad.adapters.model_server import RAW_QUANTILES, Server, lazy_tensors
 from efficientad.checkpoint.anomalib import anomalib_contents
 from efficientad.checkpoint.contents import build_detector
+from efficientad.checkpoint.safe_pickle import naming
 from efficientad.model.detector import AnomalyOutput, EfficientAD
 from efficientad.model.networks import MIN_IMAGE_SIZE
 from efficientad.utils.devices import choose_device
@@ -158,10 +158,10 @@ class _FastForward:
 @torch.no_grad()
 def _anomalib_detector(model: nn.Module, image_size: tuple[int, int]) -> EfficientAD:
     """The detector of an EfficientAdModel; one without statistics or quantiles uses none."""
-    path = Path(type(model).__name__)
     settings = {"padding": model.teacher.conv1.padding != (0, 0), "pad_maps": model.pad_maps}
     tree = {"state_dict": lazy_tensors(model), "hyper_parameters": settings}
-    contents = anomalib_contents(tree, path, False, image_size)
-    contents.statistics = contents.statistics or (torch.zeros(384), torch.ones(384))
-    contents.quantiles = contents.quantiles or RAW_QUANTILES
-    return build_detector(contents, path)
+    with naming(type(model).__name__):
+        contents = anomalib_contents(tree, False, image_size)
+        contents.statistics = contents.statistics or (torch.zeros(384), torch.ones(384))
+        contents.quantiles = contents.quantiles or RAW_QUANTILES
+        return build_detector(contents)

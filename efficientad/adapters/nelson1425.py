@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from efficientad.adapters.model_server import RAW_QUANTILES, Server, lazy_tensors
 from efficientad.checkpoint.contents import Contents, build_detector
 from efficientad.checkpoint.foreign import network_of
-from efficientad.checkpoint.safe_pickle import CheckpointError
+from efficientad.checkpoint.safe_pickle import CheckpointError, naming
 from efficientad.model.detector import EfficientAD
 
 _servers: weakref.WeakKeyDictionary[nn.Module, Server] = weakref.WeakKeyDictionary()
@@ -115,7 +115,8 @@ def _detector(
     """The detector of his three networks; CheckpointError where one is none of his."""
     weights, size = {}, None
     for role, module in zip(("teacher", "student", "autoencoder"), networks, strict=True):
-        network = network_of(lazy_tensors(module), f"the {role} given")
+        with naming(f"the {role} given"):
+            network = network_of(lazy_tensors(module))
         if network is None or network.role != role:
             found = "no network of EfficientAD" if network is None else f"a {network.role}"
             raise CheckpointError(f"the {role} given is {found}; it must be nelson1425's {role}")
@@ -131,4 +132,4 @@ def _detector(
         quantiles=RAW_QUANTILES,
         normalization=(torch.zeros(3), torch.ones(3)),  # the image comes normalised
     )
-    return build_detector(contents, "the networks given")
+    return build_detector(contents)

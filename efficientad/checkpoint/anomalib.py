@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ _NOT_CARRIED = ("CenterCrop", "Pad", "SquarePad", "Grayscale")  # transforms tha
 
 def anomalib_contents(
     tree: object,
-    path: Path,
     double_normalization: bool | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Contents | None:
@@ -86,18 +84,16 @@ def anomalib_contents(
     values = {name: tensors.get(f"{prefix}mean_std.{name}") for name in ("mean", "std")}
     for name, value in values.items():
         if value is not None and math.prod(value.shape) != TEACHER_CHANNELS:
-            raise CheckpointError(f"{path}: mean_std.{name} has shape {value.shape}; expected 384")
+            raise CheckpointError(f"mean_std.{name} has shape {value.shape}; expected 384")
     found = {name: _scalar(tensors.get(f"{prefix}quantiles.{name}")) for name in QUANTILE_NAMES}
     statistics, quantiles = calibration(
         *(None if value is None else value.read().float() for value in values.values()),
         {name: value for name, value in found.items() if value is not None},
-        path,
     )
     metadata = mapping(top.get("metadata"))
     threshold, generation = _threshold(tensors, outer, metadata, hyper, notes)
     provenance: dict[str, object] = {
         "source": f"anomalib {generation}",
-        "file": path.name,
         "licence": "anomalib code: Apache-2.0; its pretrained teacher weights: not stated upstream",
         "notes": notes,
     }

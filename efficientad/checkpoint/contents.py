@@ -54,7 +54,7 @@ def weight_shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(
-    weights: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]], path: object
+    weights: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise CheckpointError unless names and shapes are exactly the expected ones."""
     problems = [f"{name} is missing" for name in expected if name not in weights]
@@ -66,30 +66,28 @@ def check_weights(
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path} is not an EfficientAD: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(f"is not an EfficientAD: {'; '.join(problems[:3])}{more}")
 
 
-def read_finite(name: str, lazy: LazyTensor, path: object) -> Tensor:
+def read_finite(name: str, lazy: LazyTensor) -> Tensor:
     """The values of a floating-point tensor as float32; CheckpointError unless they are finite."""
     value = lazy.read()
     if not value.is_floating_point():
-        raise CheckpointError(f"{path}: {name} has dtype {value.dtype}; expected floating point")
+        raise CheckpointError(f"{name} has dtype {value.dtype}; expected floating point")
     value = value.to(torch.float32)
     if not torch.isfinite(value).all():
-        raise CheckpointError(
-            f"{path}: {name} has a NaN or infinite entry; every one must be finite"
-        )
+        raise CheckpointError(f"{name} has a NaN or infinite entry; every one must be finite")
     return value
 
 
 @torch.no_grad()
-def build_detector(contents: Contents, path: object) -> EfficientAD:
+def build_detector(contents: Contents) -> EfficientAD:
     """The float32 detector on the CPU, in eval mode, that the contents describe.
 
     Raises:
         CheckpointError: wrong names or shapes, NaN or infinite values, half-set values.
     """
-    check_weights(contents.weights, weight_shapes(contents.size), path)
+    check_weights(contents.weights, weight_shapes(contents.size))
     try:
         detector = EfficientAD(
             contents.size,
@@ -100,7 +98,7 @@ def build_detector(contents: Contents, path: object) -> EfficientAD:
             image_size=contents.image_size,
         )
         for name, parameter in detector.named_parameters():
-            parameter.copy_(read_finite(name, contents.weights[name], path))
+            parameter.copy_(read_finite(name, contents.weights[name]))
         if contents.normalization is not None:  # first: it clears statistics and quantiles
             detector.set_image_normalization(*contents.normalization)
         if contents.statistics is not None:
@@ -110,26 +108,26 @@ def build_detector(contents: Contents, path: object) -> EfficientAD:
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(str(error)) from error
     detector.threshold = contents.threshold if detector.calibrated else None
     detector.provenance = contents.provenance
     return detector
 
 
 @torch.no_grad()
-def build_teacher(size: str, weights: Mapping[str, LazyTensor], path: object) -> PDN:
+def build_teacher(size: str, weights: Mapping[str, LazyTensor]) -> PDN:
     """The frozen float32 teacher of weights named "conv1.weight" and so on, checked."""
     prefix = "teacher."
     shapes = {k[len(prefix) :]: v for k, v in weight_shapes(size).items() if k.startswith(prefix)}
-    check_weights(weights, shapes, path)
+    check_weights(weights, shapes)
     teacher = PDN(size, TEACHER_CHANNELS).requires_grad_(False).eval()
     for name, parameter in teacher.named_parameters():
-        parameter.copy_(read_finite(f"teacher.{name}", weights[name], path))
+        parameter.copy_(read_finite(f"teacher.{name}", weights[name]))
     return teacher
 
 
 def calibration(
-    mean: Tensor | None, std: Tensor | None, quantiles: Mapping[str, float], path: object
+    mean: Tensor | None, std: Tensor | None, quantiles: Mapping[str, float]
 ) -> tuple[tuple[Tensor, Tensor] | None, tuple[float, ...] | None]:
     """Statistics and quantiles of a foreign file; absent or all zero means never computed.
 
@@ -147,7 +145,7 @@ def calibration(
     if has_mean != has_std or has_st != has_ae or (has_st and not has_mean) or partial:
         names = [name for name, is_set in found.items() if is_set]
         raise CheckpointError(
-            f"{path} has half-set values: of {', '.join(found)} only {', '.join(names) or 'none'} "
+            f"has half-set values: of {', '.join(found)} only {', '.join(names) or 'none'} "
             f"set (quantiles present: {', '.join(quantiles) or 'none'}). A file has all of them, "
             "or the teacher's two, or none"
         )

@@ -20,6 +20,7 @@ from efficientad.checkpoint.safe_pickle import (
     Placeholder,
     attributes,
     mapping,
+    reading,
 )
 from efficientad.checkpoint.torch_zip import numpy_value, read_npy_object, read_torch
 from efficientad.model.detector import QUANTILE_NAMES
@@ -95,7 +96,7 @@ def find_objects(node: object) -> dict[str, Placeholder]:
     return found
 
 
-def network_of(tensors: Mapping[str, LazyTensor], path: object) -> Network | None:
+def network_of(tensors: Mapping[str, LazyTensor]) -> Network | None:
     """Recognise one network by its names and shapes, in nelson's, anomalib's or rximg's naming.
 
     Returns None if the names are those of no single network.
@@ -106,7 +107,7 @@ def network_of(tensors: Mapping[str, LazyTensor], path: object) -> Network | Non
     names = {name.removeprefix("pdn."): value for name, value in tensors.items()}
     if any(re.search(r"(^|\.)bn\d+\.", name) for name in names):
         raise CheckpointError(
-            f"{path} has batch normalisation (rximg's with_bn variant); EfficientAD has none"
+            "has batch normalisation (rximg's with_bn variant); EfficientAD has none"
         )
     layers = tuple(sorted({name.rpartition(".")[0] for name in names}))
     if layers and all(layer.isascii() and layer.isdigit() for layer in layers):
@@ -118,7 +119,7 @@ def network_of(tensors: Mapping[str, LazyTensor], path: object) -> Network | Non
         by_index |= dict.fromkeys(_AUTOENCODER_INDICES, _AUTOENCODER_NAMES)
         if indices not in by_index:
             raise CheckpointError(
-                f"{path} has convolutions at {', '.join(map(str, indices))}; no network of "
+                f"has convolutions at {', '.join(map(str, indices))}; no network of "
                 "nelson1425/EfficientAD has them there"
             )
         new = dict(zip(map(str, indices), by_index[indices], strict=True))
@@ -131,15 +132,13 @@ def network_of(tensors: Mapping[str, LazyTensor], path: object) -> Network | Non
         role = {(384,): "teacher", (768,): "student"}.get(tuple(width), "")
         if not role:
             raise CheckpointError(
-                f"{path} holds a PDN-{size} of width {width}; a teacher has 384, a student 768"
+                f"holds a PDN-{size} of width {width}; a teacher has 384, a student 768"
             )
     else:
         return None
     shapes = weight_shapes(size or "S").items()
     prefix = f"{role}."
-    check_weights(
-        names, {k.removeprefix(prefix): v for k, v in shapes if k.startswith(prefix)}, path
-    )
+    check_weights(names, {k.removeprefix(prefix): v for k, v in shapes if k.startswith(prefix)})
     return Network(role, size, names)
 
 
@@ -155,12 +154,13 @@ def _combine(networks: Mapping[str, Network]) -> tuple[str, dict[str, LazyTensor
 
 def read_network(path: Path, role: str) -> tuple[Network, object]:
     """The network of one torch file, which must have `role`; and the file's whole tree."""
-    tree = read_torch(path)
-    network = network_of(tensors_of(tree), path)
-    if network is None or network.role != role:
-        found = "no network of EfficientAD" if network is None else f"the {network.role}"
-        raise CheckpointError(f"{path} holds {found}; expected the {role}")
-    return network, tree
+    with reading(path):
+        tree = read_torch(path)
+        network = network_of(tensors_of(tree))
+        if network is None or network.role != role:
+            found = "no network of EfficientAD" if network is None else f"the {network.role}"
+            raise CheckpointError(f"holds {found}; expected the {role}")
+        return network, tree
 
 
 # ---- nelson1425 ------------------------------------------------------------------------------
@@ -174,8 +174,9 @@ def nelson_folder(folder: Path) -> Contents:
     networks = {}
     for role in ("teacher", "student", "autoencoder"):
         path = folder / f"{role}_final.pth"
-        networks[role], tree = read_network(path, role)
-        _check_nelson_layers(tree, role, path)
+        with reading(path):
+            networks[role], tree = read_network(path, role)
+            _check_nelson_layers(tree, role)
     size, weights = _combine(networks)
     provenance = {
         "source": "nelson1425/EfficientAD",
@@ -186,7 +187,7 @@ def nelson_folder(folder: Path) -> Contents:
     return Contents(size, weights, border="nelson", score_size="source", provenance=provenance)
 
 
-def _check_nelson_layers(tree: object, role: str, path: Path) -> None:
+def _check_nelson_layers(tree: object, role: str) -> None:
     """Whole modules also say how they pad and resize; a state dict does not."""
     layers = [
         (module.origin.rpartition(".")[2], attributes(module)) for _, module in modules_of(tree)
@@ -196,12 +197,12 @@ def _check_nelson_layers(tree: object, role: str, path: Path) -> None:
     ]
     if role != "autoencoder" and padded:
         raise CheckpointError(
-            f"{path} is a padded PDN; nelson1425's trainings and his map rule are unpadded"
+            "is a padded PDN; nelson1425's trainings and his map rule are unpadded"
         )
     sizes = tuple(sorted(a.get("size") for kind, a in layers if kind == "Upsample"))
     if role == "autoencoder" and sizes and sizes != tuple(sorted(decoder_sizes(256))):
         raise CheckpointError(
-            f"{path} resizes to {sizes}; nelson1425's autoencoder to {decoder_sizes(256)}"
+            f"resizes to {sizes}; nelson1425's autoencoder to {decoder_sizes(256)}"
         )
 
 
@@ -225,7 +226,7 @@ def rximg_folder(folder: Path, category: str | None, teacher: Path | None) -> Co
         category = categories[0]
     if category not in categories:
         raise CheckpointError(
-            f"{folder} has the categories {', '.join(map(repr, categories))}; category is "
+            f"has the categories {', '.join(map(repr, categories))}; category is "
             f"{category!r}: name one of them (convert(..., category=...))"
         )
     stem = f"{category}_" if category else ""
@@ -238,17 +239,17 @@ def rximg_folder(folder: Path, category: str | None, teacher: Path | None) -> Co
     size, weights = _combine(networks)
     quantile_file = folder / f"{stem}quantiles.npy"
     values = {}
-    if quantile_file.exists():
-        node = mapping(read_npy_object(quantile_file))
-        if not node:
-            raise CheckpointError(f"{quantile_file} holds no dict of quantiles and statistics")
-        names = (*QUANTILE_NAMES, "mean", "std")
-        values = {name: numpy_value(node[name]) for name in names if name in node}
-    statistics, quantiles = calibration(
-        *(torch.tensor(values[k]).float() if k in values else None for k in ("mean", "std")),
-        {name: float(values[name].item()) for name in QUANTILE_NAMES if name in values},
-        quantile_file,
-    )
+    with reading(quantile_file):
+        if quantile_file.exists():
+            node = mapping(read_npy_object(quantile_file))
+            if not node:
+                raise CheckpointError("holds no dict of quantiles and statistics")
+            names = (*QUANTILE_NAMES, "mean", "std")
+            values = {name: numpy_value(node[name]) for name in names if name in node}
+        statistics, quantiles = calibration(
+            *(torch.tensor(values[k]).float() if k in values else None for k in ("mean", "std")),
+            {name: float(values[name].item()) for name in QUANTILE_NAMES if name in values},
+        )
     provenance = {
         "source": "rximg/EfficientAD",
         "file": f"{folder.name}/{category}" if category else folder.name,

@@ -46,7 +46,7 @@ def load(path: str | os.PathLike, *, verify: bool = True) -> EfficientAD:
     if not _is_native(path):
         return convert(path)
     with reading(path):
-        return load_native(path, *open_safetensors(path), verify)
+        return load_native(*open_safetensors(path), verify)
 
 
 def convert(
@@ -73,21 +73,20 @@ def convert(
         CheckpointError: not a detector, damaged, half-set values, or one network alone.
     """
     path = _existing(source)
-    if _is_native(path):
-        raise CheckpointError(f"{path} is a file of efficientad.save already; load it with load")
     with reading(path):
+        if _is_native(path):
+            raise CheckpointError("is a file of efficientad.save already; load it with load")
         if path.is_dir():
-            _only(
-                path, "anomalib", double_normalization=double_normalization, image_size=image_size
-            )
+            _only("anomalib", double_normalization=double_normalization, image_size=image_size)
             contents = _folder(path, category, None if teacher is None else _existing(teacher))
         else:
-            _only(path, "rximg", category=category, teacher=teacher)
+            _only("rximg", category=category, teacher=teacher)
             tree = _read(path)
-            contents = anomalib_contents(tree, path, double_normalization, image_size)
+            contents = anomalib_contents(tree, double_normalization, image_size)
             if contents is None:
-                raise _not_a_detector(path, network_of(tensors_of(tree), path))
-        return build_detector(contents, path)
+                raise _not_a_detector(path, network_of(tensors_of(tree)))
+            contents.provenance["file"] = path.name
+        return build_detector(contents)
 
 
 def load_teacher(path: str | os.PathLike, size: str | None = None) -> PDN:
@@ -104,19 +103,21 @@ def load_teacher(path: str | os.PathLike, size: str | None = None) -> PDN:
         CheckpointError: no teacher, the wrong size, damaged, wrong shapes, NaN or infinite weights.
     """
     path = _existing(path)
+    if size is not None:
+        check_model_size(size)
     with reading(path):
         whole = path.is_dir() or _is_native(path)
-        network = None if whole else network_of(tensors_of(_read(path)), path)
+        network = None if whole else network_of(tensors_of(_read(path)))
         if network is not None and network.role != "teacher":
-            raise CheckpointError(f"{path} holds the {network.role}; expected a teacher")
+            raise CheckpointError(f"holds the {network.role}; expected a teacher")
         if network is not None:
-            teacher = build_teacher(network.size, network.weights, path)
+            teacher = build_teacher(network.size, network.weights)
         else:
             detector = load(path)
             teacher = PDN(detector.size).requires_grad_(False).eval()
             teacher.load_state_dict(detector.teacher.state_dict())
-    if size is not None and teacher.size != check_model_size(size):
-        raise CheckpointError(f"{path} holds a PDN-{teacher.size} teacher; size is {size!r}")
+        if size is not None and teacher.size != size:
+            raise CheckpointError(f"holds a PDN-{teacher.size} teacher; size is {size!r}")
     return teacher
 
 
@@ -127,10 +128,10 @@ def _existing(path: str | os.PathLike) -> Path:
     return path
 
 
-def _only(path: Path, source: str, **options: object) -> None:
+def _only(source: str, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
-            raise CheckpointError(f"{name} is {value!r}; it is for {source} and {path} is not that")
+            raise CheckpointError(f"{name} is {value!r}; it is for {source} and this is not that")
 
 
 def _is_native(path: Path) -> bool:
@@ -147,26 +148,26 @@ def _read(path: Path) -> object:
     if kind in ("torch", "pickle"):
         return read_torch(path)
     found = {"empty": "is empty", "npy": "is a NumPy file"}.get(kind, "is of an unknown format")
-    raise CheckpointError(f"{path} {found}; expected {_KNOWN}")
+    raise CheckpointError(f"{found}; expected {_KNOWN}")
 
 
 def _folder(path: Path, category: str | None, teacher: Path | None) -> Contents:
     if (path / "student_final.pth").exists():
-        _only(path, "rximg", category=category, teacher=teacher)
+        _only("rximg", category=category, teacher=teacher)
         return nelson_folder(path)
     if rximg_categories(path):
         return rximg_folder(path, category, teacher)
-    raise CheckpointError(f"{path} is a folder without a training; expected {_KNOWN}")
+    raise CheckpointError(f"is a folder without a training; expected {_KNOWN}")
 
 
 def _not_a_detector(path: Path, network: Network | None) -> CheckpointError:
     if network is None:
-        return CheckpointError(f"{path} holds no EfficientAD; expected {_KNOWN}")
+        return CheckpointError(f"holds no EfficientAD; expected {_KNOWN}")
     if network.role == "teacher":
         return CheckpointError(
-            f"{path} holds a PDN-{network.size} teacher alone, not a detector: train one with "
+            f"holds a PDN-{network.size} teacher alone, not a detector: train one with "
             f"`--teacher {path.name}`, or read it with load_teacher"
         )
     return CheckpointError(
-        f"{path} holds the {network.role} alone, not a detector: pass the training's folder"
+        f"holds the {network.role} alone, not a detector: pass the training's folder"
     )

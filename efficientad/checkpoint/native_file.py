@@ -70,7 +70,7 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         "has_statistics": detector.has_statistics,
     }
     lazy = {name: LazyTensor.of(value) for name, value in tensors.items()}
-    golden = golden_values(build_detector(_contents(config, {}, lazy, path), path))
+    golden = golden_values(build_detector(_contents(config, {}, lazy)))
     if not all(map(math.isfinite, golden.values())):
         raise CheckpointError(f"the detector's maps overflow on the built-in image ({golden})")
     try:
@@ -91,21 +91,21 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
 
 
 def load_native(
-    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, LazyTensor], verify: bool
+    metadata: Mapping[str, str], tensors: Mapping[str, LazyTensor], verify: bool
 ) -> EfficientAD:
-    """The detector of a file of `save`, opened by `open_safetensors`; see `checkpoint.load`."""
+    """The detector of a file of `save`, opened by `open_safetensors`; see `loading.load`."""
     version = metadata.get("format_version", "")
     if not re.fullmatch(r"[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version!r}; this efficientad reads up to "
-            f"{FORMAT_VERSION}: upgrade efficientad"
+            f"has format version {version!r}; this efficientad reads up to {FORMAT_VERSION}: "
+            "upgrade efficientad"
         )
     config, provenance, golden = (
         json.loads(metadata[key]) for key in ("config", "provenance", "golden")
     )
-    detector = build_detector(_contents(config, provenance, tensors, path), path)
+    detector = build_detector(_contents(config, provenance, tensors))
     if verify:
-        _self_test(detector, golden, tensors, metadata.get("sha256"), path)
+        _self_test(detector, golden, tensors, metadata.get("sha256"))
     return detector
 
 
@@ -115,15 +115,15 @@ def open_safetensors(path: Path) -> tuple[dict[str, str], dict[str, LazyTensor]]
     Raises:
         CheckpointError: a header that does not fit the file, or anything else that is wrong in it.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        declared = int.from_bytes(file.read(8), "little")
-    if declared > size - 8:
-        raise CheckpointError(
-            f"{path} declares a header of {declared} bytes and has {size} bytes; it is truncated, "
-            "damaged or no safetensors file"
-        )
     with reading(path):
+        size = path.stat().st_size
+        with open(path, "rb") as head:
+            declared = int.from_bytes(head.read(8), "little")
+        if declared > size - 8:
+            raise CheckpointError(
+                f"declares a header of {declared} bytes and has {size} bytes; it is truncated, "
+                "damaged or no safetensors file"
+            )
         file = safetensors.safe_open(path, framework="pt")
         tensors = {}
         for name in file.keys():
@@ -179,14 +179,13 @@ def _self_test(
     golden: dict[str, float],
     tensors: Mapping[str, LazyTensor],
     digest: str | None,
-    path: Path,
 ) -> None:
     advice = "The file is damaged or was made by an incompatible version; load(verify=False) skips"
     if _digest({name: value.read() for name, value in tensors.items()}) != digest:
-        raise CheckpointError(f"{path}: the checksum of the tensors differs. {advice}")
+        raise CheckpointError(f"the checksum of the tensors differs. {advice}")
     now = golden_values(detector)
     if set(now) != set(golden):
-        raise CheckpointError(f"{path}: golden values {sorted(golden)}, expected {sorted(now)}")
+        raise CheckpointError(f"golden values {sorted(golden)}, expected {sorted(now)}")
     scale = {name: max(abs(value), abs(golden[name])) for name, value in now.items()}
     if "score" in scale:  # a difference of large terms: its error is that of the terms
         a_st, a_ae, offset = (abs(v) for v in detector.affine.tolist()[:3])
@@ -194,32 +193,26 @@ def _self_test(
     for name, value in now.items():
         if not abs(value - golden[name]) <= GOLDEN_TOLERANCE * scale[name]:
             raise CheckpointError(
-                f"{path}: self-test: {name} is {value:.6g}, stored {golden[name]:.6g}. {advice}"
+                f"self-test: {name} is {value:.6g}, stored {golden[name]:.6g}. {advice}"
             )
 
 
-def _contents(
-    config: dict, provenance: dict, tensors: Mapping[str, LazyTensor], path: Path
-) -> Contents:
+def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor]) -> Contents:
     """`Contents` of a native file; the constructor of EfficientAD checks most of the settings."""
-    check_weights({name: tensors[name] for name in _BUFFERS if name in tensors}, _BUFFERS, path)
-    values = {
-        name: read_finite(name, tensors[name], path) for name in _BUFFERS if name != "quantiles"
-    }
+    check_weights({name: tensors[name] for name in _BUFFERS if name in tensors}, _BUFFERS)
+    values = {name: read_finite(name, tensors[name]) for name in _BUFFERS if name != "quantiles"}
     for name in ("padding", "has_statistics"):
         if not isinstance(config[name], bool):
-            raise CheckpointError(f"{path}: {name} is {config[name]!r}; expected true or false")
+            raise CheckpointError(f"{name} is {config[name]!r}; expected true or false")
     quantiles = tensors["quantiles"].read().float()
     is_set = torch.isfinite(quantiles)
     if bool(is_set.any()) and not bool(is_set.all()):
-        raise CheckpointError(f"{path} has half-set quantiles {quantiles.tolist()}")
+        raise CheckpointError(f"has half-set quantiles {quantiles.tolist()}")
     threshold = config["threshold"]
     if threshold is not None and not (isinstance(threshold, float) and math.isfinite(threshold)):
-        raise CheckpointError(
-            f"{path}: threshold is {threshold!r}; expected a finite number or null"
-        )
+        raise CheckpointError(f"threshold is {threshold!r}; expected a finite number or null")
     if not isinstance(provenance, dict):
-        raise CheckpointError(f"{path}: provenance is not a JSON object")
+        raise CheckpointError("provenance is not a JSON object")
     return Contents(
         config["size"],
         {name: value for name, value in tensors.items() if name not in _BUFFERS},

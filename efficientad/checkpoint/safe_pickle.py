@@ -40,21 +40,41 @@ _STORAGE_DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A model file cannot be used; the message names the file, what was found and the rule."""
+    """A model file cannot be used; the message names the file, what was found and the rule.
+
+    It is raised without the file's name, which `reading` puts in front.
+    """
+
+    named = False
+
+
+@contextmanager
+def naming(what: str | os.PathLike) -> Iterator[None]:
+    """Put a name in front of the message of a CheckpointError that has none yet."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not error.named:
+            error.args, error.named = (f"{what}: {error}",), True
+        raise
 
 
 @contextmanager
 def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Turn whatever a damaged or hostile file raises into a CheckpointError that names the file."""
-    try:
-        yield
-    except (CheckpointError, FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # MemoryError and RecursionError too: the file asked for them
-        raise CheckpointError(
-            f"{path} cannot be read: {type(error).__name__}: {error}. The file is damaged, "
-            "truncated or not what its beginning says"
-        ) from error
+    """Turn whatever a damaged or hostile file raises into a CheckpointError that names the file.
+
+    Of several files, one inside the other, the innermost is named.
+    """
+    with naming(path):
+        try:
+            yield
+        except (CheckpointError, FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # MemoryError and RecursionError too: the file asked for them
+            raise CheckpointError(
+                f"cannot be read: {type(error).__name__}: {error}. The file is damaged, truncated "
+                "or not what its beginning says"
+            ) from error
 
 
 class _Inert:

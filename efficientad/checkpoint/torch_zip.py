@@ -54,37 +54,37 @@ def read_torch(path: str | os.PathLike) -> object:
             before torch 1.6, or sizes that do not fit the file.
     """
     file_size = Path(path).stat().st_size
-    if file_kind(path) == "pickle":
-        raise CheckpointError(
-            f"{path} is a bare pickle (torch's format from before 1.6, or no torch file), which is "
-            "not read. If you trust it, save it again where it was made: "
-            f'python -c "import torch; f = {Path(path).name!r}; '
-            "torch.save(torch.load(f, map_location='cpu', weights_only=False), 'new_' + f)\""
-        )
     with reading(path):
+        if file_kind(path) == "pickle":
+            raise CheckpointError(
+                "is a bare pickle (torch's format from before 1.6, or no torch file), which is not "
+                "read. If you trust it, save it again where it was made: "
+                f'python -c "import torch; f = {Path(path).name!r}; '
+                "torch.save(torch.load(f, map_location='cpu', weights_only=False), 'new_' + f)\""
+            )
         archive = zipfile.ZipFile(path)
         members = {info.filename: info for info in archive.infolist()}
         if len(members) != len(archive.infolist()) or len(members) > MAX_MEMBERS:
-            raise CheckpointError(f"{path} has repeated or too many members; torch writes neither")
+            raise CheckpointError("has repeated or too many members; torch writes neither")
         for info in members.values():
             inside = info.file_size == info.compress_size <= file_size - info.header_offset
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or not inside:
                 raise CheckpointError(
-                    f"{path}: member {info.filename!r} is compressed, encrypted or larger than the "
+                    f"member {info.filename!r} is compressed, encrypted or larger than the "
                     "file; torch stores members as they are"
                 )
         roots = [name[: -len("data.pkl")] for name in members if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise CheckpointError(f"{path} is a zip file but not one of torch.save: no data.pkl")
+            raise CheckpointError("is a zip file but not one of torch.save: no data.pkl")
         root = roots[0]
         if f"{root}constants.pkl" in members:
             raise CheckpointError(
-                f"{path} is a TorchScript program; its weights have no names to go by. Export the "
+                "is a TorchScript program; its weights have no names to go by. Export the "
                 "model with torch.save"
             )
         order = members.get(f"{root}byteorder")
         if order is not None and archive.read(order).strip() != b"little":
-            raise CheckpointError(f"{path} is big-endian; save it again on a little-endian machine")
+            raise CheckpointError("is big-endian; save it again on a little-endian machine")
 
         def storage(pid: tuple) -> Storage | Placeholder:
             _tag, kind, key, _location, numel = pid
@@ -102,7 +102,7 @@ def read_torch(path: str | os.PathLike) -> object:
 
         pickled = members[f"{root}data.pkl"]
         if pickled.file_size > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"{path}: data.pkl has {pickled.file_size} bytes; too many")
+            raise CheckpointError(f"data.pkl has {pickled.file_size} bytes; too many")
         return unpickle(archive.read(pickled), storage)
 
 
@@ -114,13 +114,13 @@ def read_npy_object(path: str | os.PathLike) -> object:
     """
     with reading(path):
         if Path(path).stat().st_size > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_PICKLE_BYTES} bytes; a dict is not")
+            raise CheckpointError(f"is larger than {MAX_PICKLE_BYTES} bytes; a dict is not")
         data = Path(path).read_bytes()
         wide = data[6:7] != b"\x01"  # format 1 has a 2-byte header length, 2 and 3 have 4 bytes
         start = 12 if wide else 10
         end = start + int.from_bytes(data[8:start], "little")
         if not re.search(rb"'descr': '\|O'.*'shape': \(\)", data[start:end]):
-            raise CheckpointError(f"{path} holds an array; expected one pickled dict")
+            raise CheckpointError("holds an array; expected one pickled dict")
         array = unpickle(data[end:])
         *_version_shape_type_order, values = array.state  # of an object array
         (value,) = values

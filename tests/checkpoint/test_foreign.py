@@ -164,7 +164,7 @@ def test_uncalibrated_and_half_set(model, tmp_path):
         ((), quantiles[:1]),
         ((), statistics[1:]),
     ):
-        with pytest.raises(CheckpointError, match=r"state\.pth has half-set values"):
+        with pytest.raises(CheckpointError, match=r"state\.pth: has half-set values"):
             load(saved(zero, absent))
 
 
@@ -238,7 +238,7 @@ def test_nelson_refusals(model, tmp_path):
     folder = foreign.nelson_folder(tmp_path / "out", model)
     good = (folder / "student_final.pth").read_bytes()
     torch.save(foreign.nelson_pdn(model.student, padding=True), folder / "student_final.pth")
-    with pytest.raises(CheckpointError, match=r"student_final\.pth is a padded PDN"):
+    with pytest.raises(CheckpointError, match=r"student_final\.pth: is a padded PDN"):
         load(folder)
     torch.save(foreign.nelson_pdn(model.teacher), folder / "student_final.pth")
     with pytest.raises(CheckpointError, match="holds the teacher; expected the student"):
