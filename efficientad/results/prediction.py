@@ -11,6 +11,17 @@ from torch import Tensor
 from efficientad.results.overlay import overlay
 
 
+def is_anomalous(score: Any, threshold: float | None) -> Any:
+    """The verdict on a score: not (score <= threshold), so that NaN is anomalous (fail safe).
+
+    bool, or a bool tensor or array where the score is one; None without a threshold.
+    """
+    if threshold is None:
+        return None
+    normal = score <= threshold
+    return ~normal if isinstance(normal, (Tensor, np.ndarray)) else not normal
+
+
 class Prediction:
     """The result of one image, or of a batch of N images.
 
@@ -62,10 +73,7 @@ class Prediction:
 
         bool, or a bool tensor beside a tensor score, of a batch (N,). None without a threshold.
         """
-        if self.threshold is None:
-            return None
-        normal = self.score <= self.threshold
-        return ~normal if isinstance(normal, (Tensor, np.ndarray)) else not normal
+        return is_anomalous(self.score, self.threshold)
 
     @property
     def batched(self) -> bool:
@@ -161,11 +169,6 @@ class Prediction:
 def _host(value: Any) -> Any:
     """A tensor as a numpy array; anything else as it is."""
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-
-
-def is_anomalous(score: float, threshold: float | None) -> bool | None:
-    """The verdict: not (score <= threshold), so that NaN is anomalous; None without a threshold."""
-    return None if threshold is None else not score <= threshold
 
 
 def check_map_size(map_size: object, choices: Sequence[object]) -> None:
