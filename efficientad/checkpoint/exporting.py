@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad import __version__
+from efficientad.model import synthetic
 from efficientad.model.agreement import difference, scale_of, worst
 from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.model.networks import check_pair
@@ -207,7 +207,7 @@ _RUNNERS: dict[str, Callable[[Path], Run]] = {"onnx": _run_onnx, "aoti": _run_ao
 
 def _compare(model: _Wrapped, run: Run, size: tuple[int, int], path: Path) -> dict[int, float]:
     """Largest difference by images in the batch; ExportError past the bound."""
-    images = _pictures(max(BATCHES), size).to(model.device)
+    images = synthetic.images(max(BATCHES), *size).to(model.device)
     with torch.no_grad():
         one_by_one = [model(image[None]) for image in images]
     scores, maps = (torch.cat(parts).cpu() for parts in zip(*one_by_one, strict=True))
@@ -230,14 +230,6 @@ def _compare(model: _Wrapped, run: Run, size: tuple[int, int], path: Path) -> di
                 f"{most:.2g} of the maps' scale (bound {BOUND:g})"
             )
     return differences
-
-
-def _pictures(count: int, size: tuple[int, int]) -> Tensor:
-    """(count, 3, *size) in 0..1, with structure, different from each other, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(count, 3, 9, 11, generator=generator)
-    fine = torch.rand(count, 3, *size, generator=generator)
-    return 0.85 * F.interpolate(coarse, size=size, mode="bilinear") + 0.15 * fine
 
 
 def _require_packages() -> None:

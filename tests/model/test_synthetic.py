@@ -1,6 +1,10 @@
-"""The images that files and kernels test themselves on."""
+"""The images that files, exports and kernels test themselves on."""
 
-from efficientad.model.synthetic import golden_image
+import itertools
+
+import torch
+
+from efficientad.model.synthetic import golden_image, images
 
 
 def test_golden_image_is_fixed():
@@ -9,3 +13,13 @@ def test_golden_image_is_fixed():
     assert (image.min(), image.max()) == (0, 1)
     assert int((image * 255).round().long().sum()) == 25_044_480
     assert image.std() > 0.2
+
+
+def test_images_have_structure_and_differ():
+    pictures = images(8, 256, 300)
+    assert pictures.shape == (8, 3, 256, 300)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+    assert pictures.std() > 0.1
+    assert min((a - b).abs().max() for a, b in itertools.pairwise(pictures)) > 0.1
+    assert torch.equal(pictures, images(8, 256, 300))
