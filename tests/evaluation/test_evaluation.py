@@ -1,10 +1,9 @@
-"""Prediction and evaluation: verdicts, sizes, metrics against scikit-learn, files on disk."""
+"""Evaluation: metrics against scikit-learn, files on disk, what is missing and what is said."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 
 import helpers
 import numpy as np
@@ -17,8 +16,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import efficientad as ead
 from efficientad.data.datasets import DataSet, Sample
 from efficientad.data.layouts import open_dataset
-from efficientad.results.output_folder import ResultFolder, output_names
-from efficientad.results.prediction import is_anomalous
 
 
 @pytest.fixture(scope="module")
@@ -51,48 +48,6 @@ def mvtec(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask).save(path)
     return root
-
-
-def test_verdict_is_fail_safe():
-    assert is_anomalous(0.2, 0.1) is True
-    assert is_anomalous(0.1, 0.1) is False
-    assert is_anomalous(math.nan, 0.1) is True
-    assert is_anomalous(0.5, None) is None
-
-
-def test_predict_equals_the_detector_on_the_resized_image(model, mvtec):
-    paths = sorted((mvtec / "test" / "square").iterdir())
-    with torch.no_grad():
-        for size in ("source", "input"):
-            results = list(ead.predict(model, paths, map_size=size, batch_size=2))
-            assert [r.index for r in results] == [0, 1, 2]
-            for result, path in zip(results, paths, strict=True):
-                resized = Image.open(path).resize((256, 256), Image.Resampling.BILINEAR)
-                image = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
-                out = model(image)
-                assert result.score == pytest.approx(out.score.item(), abs=1e-5)
-                assert result.source_size == (256, 300)
-                if size == "input":
-                    assert np.abs(result.anomaly_map - out.anomaly_map[0].numpy()).max() <= 1e-5
-                else:
-                    assert result.anomaly_map.shape == (256, 300)
-
-
-def test_source_score_is_the_maximum_at_the_images_own_size(mvtec):
-    model = helpers.detector(score_size="source")
-    path = next((mvtec / "test" / "square").iterdir())
-    (result,) = ead.predict(model, [path])
-    assert result.score == pytest.approx(result.anomaly_map.max(), abs=1e-6)
-    (small,) = ead.predict(model, [path], map_size="input")
-    assert small.score == result.score
-    assert small.anomaly_map.shape == (256, 256)
-
-
-def test_predict_refuses_what_it_cannot_do(model):
-    with pytest.raises(ValueError, match="map_size is 'full'"):
-        ead.predict(model, [], map_size="full")
-    with pytest.raises(ead.UncalibratedError):
-        ead.predict(ead.EfficientAD("S"), [])
 
 
 @pytest.fixture(scope="module")
@@ -209,18 +164,3 @@ def test_a_data_set_without_test_images_is_refused(model, mvtec):
     dataset = open_dataset(mvtec / "train" / "good", "folder")
     with pytest.raises(ValueError, match=r"no test images; `predict`"):
         ead.evaluate(model, dataset)
-
-
-def test_output_names_are_unique_and_keep_folders(tmp_path):
-    paths = [tmp_path / p for p in ("a/x.png", "a/x.jpg", "b/x.png", "a/y.png", "a/y.png")]
-    names = [str(n) for n in output_names(paths)]
-    assert names == ["a/x.png", "a/x.jpg", "b/x", "a/y", "a/y_2"]
-    assert output_names([]) == []
-    assert [str(n) for n in output_names([tmp_path / "one.png"])] == ["one"]
-
-
-def test_a_file_in_the_way_of_the_output_folder_is_named(tmp_path):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(ValueError, match="which is a file"):
-        ResultFolder(tmp_path / "out", None)
-    assert (tmp_path / "out").read_text() == "mine"

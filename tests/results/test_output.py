@@ -14,7 +14,12 @@ from PIL import Image
 
 import efficientad as ead
 from efficientad.cli.main import main
-from efficientad.results.output_folder import ResultFolder, earlier_files, unique_names
+from efficientad.results.output_folder import (
+    ResultFolder,
+    earlier_files,
+    output_names,
+    unique_names,
+)
 from efficientad.results.prediction import Prediction
 from efficientad.utils.files import replace_file, write_text
 
@@ -262,3 +267,18 @@ def test_new_files_follow_the_umask(tmp_path, umask, mode):
 def test_the_longest_names_can_be_written(tmp_path):
     write_text(tmp_path / ("a" * 251 + ".txt"), "text")
     assert below(tmp_path) == {"a" * 251 + ".txt"}
+
+
+def test_output_names_are_unique_and_keep_folders(tmp_path):
+    paths = [tmp_path / p for p in ("a/x.png", "a/x.jpg", "b/x.png", "a/y.png", "a/y.png")]
+    names = [str(n) for n in output_names(paths)]
+    assert names == ["a/x.png", "a/x.jpg", "b/x", "a/y", "a/y_2"]
+    assert output_names([]) == []
+    assert [str(n) for n in output_names([tmp_path / "one.png"])] == ["one"]
+
+
+def test_a_file_in_the_way_of_the_output_folder_is_named(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="which is a file"):
+        ResultFolder(tmp_path / "out", None)
+    assert (tmp_path / "out").read_text() == "mine"
