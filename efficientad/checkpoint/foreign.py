@@ -43,7 +43,7 @@ class Network(NamedTuple):
 
     role: str  # "teacher", "student" or "autoencoder"
     size: str | None  # "S" or "M"; None for the autoencoder
-    weights: dict[str, LazyTensor]  # named as in `networks.py`
+    weights: dict[str, LazyTensor]  # named as in `model.networks`
 
 
 def tensors_of(node: object) -> dict[str, LazyTensor]:

@@ -1,4 +1,4 @@
-"""Load and convert model files.
+"""Detectors and teachers from files, whoever wrote them: load, convert, load_teacher.
 
 Files are recognised by their content, never by their name, and read as data: see `safe_pickle`.
 """

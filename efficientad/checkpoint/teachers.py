@@ -1,4 +1,4 @@
-"""Teacher files, the default one.
+"""Teacher files: what they hold, how they are written, and the default one.
 
 A teacher file is safetensors: float16 weights named as in the paper's tables ("conv1.weight"), and
 in the header what it was made from. `load_teacher` reads it.
