@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from efficientad.benchmark.contenders import Run
 from efficientad.model.detector import EfficientAD
-from efficientad.model.networks import PDN, PDN_LAYERS, TEACHER_CHANNELS, Autoencoder, decoder_sizes
+from efficientad.model.networks import PDN, TEACHER_CHANNELS, Autoencoder, decoder_sizes
 from efficientad.utils.cuda_graphs import captured
 from efficientad.utils.devices import cpu_multiplies_bfloat16
 
@@ -100,10 +100,10 @@ class NelsonOrder(nn.Module):
 
 def sequential_pdn(pdn: PDN) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, layer in enumerate(PDN_LAYERS[pdn.size], start=1):
-        layers.append(getattr(pdn, f"conv{i}"))
-        layers += [nn.ReLU(inplace=True)] * layer.relu
-        layers += [nn.AvgPool2d(2, 2, padding=int(pdn.padding))] * layer.pool
+    for conv, row in pdn.layers():
+        layers.append(conv)
+        layers += [nn.ReLU(inplace=True)] * row.relu
+        layers += [nn.AvgPool2d(2, 2, padding=int(pdn.padding))] * row.pool
     return nn.Sequential(*layers)
 
 

@@ -139,8 +139,8 @@ def exact_layers(detector: EfficientAD) -> dict[str, Layer]:
     """
     convs = {}
     for name, network in (("teacher", detector.teacher), ("student", detector.student)):
-        for i in range(1, len(PDN_LAYERS[detector.size])):
-            convs[f"{name}{i}"] = getattr(network, f"conv{i}")
+        inner = enumerate(network.layers()[:-1], start=1)
+        convs |= {f"{name}{i}": conv for i, (conv, _) in inner}
     encoder, decoder = detector.autoencoder.encoder, detector.autoencoder.decoder
     convs |= {f"enconv{i}": getattr(encoder, f"enconv{i}") for i in range(1, 7)}
     convs |= {f"deconv{i}": getattr(decoder, f"deconv{i}") for i in range(1, 8)}
@@ -154,10 +154,7 @@ def exact_last(detector: EfficientAD) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     The teacher's channel statistics are in its weights and in the bias, which is that of the
     differences: teacher and autoencoder less the student's two halves.
     """
-    teacher, student = (
-        getattr(network, f"conv{len(PDN_LAYERS[detector.size])}")
-        for network in (detector.teacher, detector.student)
-    )
+    teacher, student = detector.teacher.last, detector.student.last
     autoencoder = detector.autoencoder.decoder.deconv8
     mean, std = (v.double().flatten() for v in (detector.teacher_mean, detector.teacher_std))
     own_bias = torch.cat([(teacher.bias.double() - mean) / std, autoencoder.bias.double()])

@@ -120,15 +120,24 @@ class PDN(nn.Module):
             setattr(self, f"conv{i}", conv)
             in_channels = width
 
+    def layers(self) -> list[tuple[nn.Conv2d, Conv]]:
+        """(convolution, row of the table) of every layer, from first to last."""
+        rows = enumerate(PDN_LAYERS[self.size], start=1)
+        return [(getattr(self, f"conv{i}"), row) for i, row in rows]
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The last convolution, whose output channels are the network's."""
+        return self.layers()[-1][0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalised image (N, 3, H, W) -> features (N, out_channels, h, w); see `feature_size`."""
-        pool_padding = 1 if self.padding else 0
-        for i, layer in enumerate(PDN_LAYERS[self.size], start=1):
-            x = getattr(self, f"conv{i}")(x)
-            if layer.relu:
+        for conv, row in self.layers():
+            x = conv(x)
+            if row.relu:
                 x = F.relu(x)
-            if layer.pool:
-                x = F.avg_pool2d(x, 2, 2, padding=pool_padding)
+            if row.pool:
+                x = F.avg_pool2d(x, 2, 2, padding=int(self.padding))
         return x
 
 

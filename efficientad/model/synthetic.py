@@ -54,9 +54,8 @@ def random_detector(
     torch.manual_seed(seed)
     model = EfficientAD(size, **options)
     x = model.normalize(images(1, *model.image_size, seed=seed + 99))
-    last = getattr(model.student, "conv4" if size == "S" else "conv6")
     for net, conv in (
-        (model.student, last),
+        (model.student, model.student.last),
         (model.autoencoder, model.autoencoder.decoder.deconv8),
     ):
         out = net(x)

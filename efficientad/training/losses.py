@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efficientad.model.detector import EfficientAD
-from efficientad.model.networks import PDN, PDN_LAYERS, TEACHER_CHANNELS, feature_size
+from efficientad.model.networks import PDN, TEACHER_CHANNELS, feature_size
 from efficientad.ops.differentiable_conv import convolve
 
 TERMS = ("hard", "penalty", "autoencoder", "student_autoencoder")
@@ -118,9 +118,9 @@ def trunk(pdn: PDN, x: Tensor, fast: bool = False) -> Tensor:
     x = needed_pixels(pdn, x)
     if fast:
         x = x.permute(0, 2, 3, 1)
-    for i, layer in enumerate(PDN_LAYERS[pdn.size][:-1], start=1):
-        x = _convolve(getattr(pdn, f"conv{i}"), x, slice(None), fast, layer.relu)
-        if layer.pool:
+    for conv, row in pdn.layers()[:-1]:
+        x = _convolve(conv, x, slice(None), fast, row.relu)
+        if row.pool:
             x = x.permute(0, 3, 1, 2) if fast else x
             x = F.avg_pool2d(x, 2, 2, padding=int(pdn.padding))
             x = x.permute(0, 2, 3, 1) if fast else x
@@ -129,10 +129,9 @@ def trunk(pdn: PDN, x: Tensor, fast: bool = False) -> Tensor:
 
 def head(pdn: PDN, x: Tensor, channels: slice = slice(None), fast: bool = False) -> Tensor:
     """Those channels of a PDN's output: (N, C, h', w') of `trunk` -> (N, len(channels), h, w)."""
-    conv = getattr(pdn, f"conv{len(PDN_LAYERS[pdn.size])}")
     if not fast:
-        return _convolve(conv, x, channels, False, False)
-    return _convolve(conv, x.permute(0, 2, 3, 1), channels, True, False).permute(0, 3, 1, 2)
+        return _convolve(pdn.last, x, channels, False, False)
+    return _convolve(pdn.last, x.permute(0, 2, 3, 1), channels, True, False).permute(0, 3, 1, 2)
 
 
 def _convolve(conv: torch.nn.Conv2d, x: Tensor, rows: slice, fast: bool, relu: bool) -> Tensor:

@@ -35,7 +35,7 @@ def model(size: str = "S", padding: bool = False) -> EfficientAD:
     made = EfficientAD(size, padding=padding).double()
     x = (helpers.images(2, *PIXELS).double() - made.image_mean) / made.image_std
     teacher, student = made.teacher(x), made.student(x)
-    last = getattr(made.student, f"conv{len(PDN_LAYERS[size])}")
+    last = made.student.last
     last.weight.data *= 0.5 * teacher.std() / student.std()
     made.set_statistics(teacher.mean((0, 2, 3)), teacher.std((0, 2, 3), correction=0))
     made.set_quantiles(0, 1, 0, 1)
@@ -74,8 +74,7 @@ class Case:
 
 def activations(network, x, weight=lambda i, conv: conv.weight, stored=lambda i, x: x):
     """What a PDN's layers but the last give, on given filters and after what storing does."""
-    for i, row in enumerate(PDN_LAYERS[network.size][:-1], start=1):
-        conv = getattr(network, f"conv{i}")
+    for i, (conv, row) in enumerate(network.layers()[:-1], start=1):
         x = F.relu(F.conv2d(x, weight(i, conv), conv.bias, padding=conv.padding))
         x = F.avg_pool2d(x, 2, 2, padding=int(network.padding)) if row.pool else x
         x = stored(i, x)
@@ -109,8 +108,7 @@ def by_hand(case: Case, last: int):
         *_, x = activations(network, case.image, weight, stored)
         inputs.append(x)
         steps.append(s[-1])
-    name = f"conv{len(PDN_LAYERS[case.model.size])}"
-    teacher, student = getattr(teacher, name), getattr(student, name)
+    teacher, student = teacher.last, student.last
     std, mean = case.model.teacher_std.flatten(), case.model.teacher_mean.flatten()
     w_teacher, b_teacher = teacher.weight / std[:, None, None, None], (teacher.bias - mean) / std
     w_student, deconv8 = student.weight, case.model.autoencoder.decoder.deconv8

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from efficientad.model.detector import EfficientAD
-from efficientad.model.networks import PDN, Autoencoder, decoder_sizes, feature_size
+from efficientad.model.networks import (
+    PDN,
+    PDN_LAYERS,
+    Autoencoder,
+    decoder_sizes,
+    feature_size,
+)
 
 
 def count(module: nn.Module) -> int:
@@ -213,3 +219,14 @@ def test_padded_pool_divides_by_four_at_the_border():
 def test_unknown_size_is_named():
     with pytest.raises(ValueError, match=r"size is 'L'.*'S'.*'M'"):
         PDN("L")
+
+
+@pytest.mark.parametrize(("size", "depth"), [("S", 4), ("M", 6)])
+def test_layers_are_the_convolutions_of_the_table_in_order(size, depth):
+    network = PDN(size, 12)
+    convs, rows = zip(*network.layers(), strict=True)
+    assert convs == tuple(network.children())
+    assert rows == PDN_LAYERS[size]
+    assert len(convs) == depth
+    assert network.last is convs[-1]
+    assert network.last.out_channels == 12
