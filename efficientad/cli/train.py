@@ -77,7 +77,7 @@ def run_train(options: argparse.Namespace) -> int:
     from efficientad.checkpoint.teachers import teacher_license
     from efficientad.data.layouts import open_dataset
     from efficientad.training.fitting import fit
-    from efficientad.training.settings import TrainingStopped, state_beside
+    from efficientad.training.settings import PenaltyWarning, TrainingStopped, state_beside
 
     if options.out.exists() and not options.force and not options.resume:
         raise ValueError(
@@ -99,7 +99,7 @@ def run_train(options: argparse.Namespace) -> int:
     if options.resume and not resumed:
         print(f"no state in {checkpoint}: the training starts anew")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no penalty set")
+        warnings.simplefilter("ignore", PenaltyWarning)
         try:
             detector = fit(
                 dataset,
@@ -143,11 +143,11 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _told(resumed: bool) -> Callable[[str, int, int], None]:
-    """A `progress` that says at which step a training was resumed."""
+    """A `progress` that says at which step a training was resumed: its first call tells."""
     told: list[int] = []
 
     def progress(what: str, done: int, total: int) -> None:
-        if resumed and what == "training" and not told:
+        if resumed and not told:
             told.append(done)
             print(f"resumed at step {done}", flush=True)
 

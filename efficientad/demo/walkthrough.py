@@ -12,6 +12,7 @@ from efficientad.demo.parts import write_dataset
 from efficientad.evaluation.evaluation import Evaluation, evaluate
 from efficientad.model.calibration import Progress
 from efficientad.training.fitting import fit
+from efficientad.training.settings import PenaltyWarning
 
 # A real training that fits into a coffee break: Algorithm 1 with a hundredth of its steps needs a
 # student that starts near the teacher, all elements in its loss, and larger steps.
@@ -49,7 +50,7 @@ def run(
     dataset = open_dataset(write_dataset(out / "parts", seed=seed), "mvtec")
     print(f"training a detector on {len(dataset.train)} good parts, {steps} steps")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no penalty set")
+        warnings.simplefilter("ignore", PenaltyWarning)
         detector = fit(dataset, steps=steps, seed=seed, progress=progress, **RECIPE)
     save(detector, model)
     print("looking at the test parts")

@@ -5,15 +5,15 @@ Source: arXiv 2303.14535, Algorithm 1. The defaults are the paper's.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,14 +22,15 @@ from efficientad.checkpoint.native_file import save
 from efficientad.checkpoint.teachers import default_teacher, teacher_license
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
+from efficientad.evaluation.evaluation import evaluate as measure
 from efficientad.model.calibration import FALSE_POSITIVE_RATE, Progress, calibrate
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN
 from efficientad.training.losses import HARD_QUANTILE
 from efficientad.training.pictures import Photos, PictureSource, TrainingImages
 from efficientad.training.settings import (
+    PenaltyWarning,
     Settings,
-    TrainingError,
     TrainingStopped,
     check_data,
     check_files,
@@ -40,8 +41,6 @@ from efficientad.training.trainer import Trainer
 from efficientad.utils.checks import check_flag, check_integer, check_number, check_path
 from efficientad.utils.devices import choose_device
 from efficientad.utils.files import write_text
-
-__all__ = ["TrainingError", "fit"]
 
 CHECKPOINT_EVERY = 1000
 
@@ -124,124 +123,213 @@ def fit(
         steps, batch_size, seed, learning_rate, weight_decay, hard_quantile,
         choose_dtype(dtype, device), log_every,
     )  # fmt: skip
-    seed, batch_size = settings.seed, settings.batch_size
-    check_number("false_positive_rate", false_positive_rate, 0, 1)
-    flags = {"padding": padding, "warm_start": warm_start, "force": force}
-    for name, value in (flags | {"deterministic": deterministic}).items():
+    task, dataset = _check(data, force, _Task(
+        settings, device, out=out, checkpoint=checkpoint, resume=resume, size=size,
+        padding=padding, image_size=image_size, teacher=teacher, penalty=penalty,
+        warm_start=warm_start, false_positive_rate=false_positive_rate, workers=workers,
+        checkpoint_every=checkpoint_every, evaluate_every=evaluate_every,
+        deterministic=deterministic, progress=progress, on_history=on_history,
+    ))  # fmt: skip
+    parts = _prepare(task, dataset)
+    trained = _train(task, dataset, parts)
+    parts.detector.provenance.update(_provenance(task, dataset, parts, trained, started))
+    _save(task, parts.detector)
+    return parts.detector
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What `fit` was asked for; see there. After `_check`, resume is a bool."""
+
+    settings: Settings
+    device: torch.device
+    out: str | os.PathLike | None
+    checkpoint: str | os.PathLike | None
+    resume: bool | str
+    size: str
+    padding: bool
+    image_size: tuple[int, int]
+    teacher: PDN | str | os.PathLike | None
+    penalty: str | os.PathLike | None
+    warm_start: bool
+    false_positive_rate: float
+    workers: int
+    checkpoint_every: int
+    evaluate_every: int
+    deterministic: bool
+    progress: Progress | None
+    on_history: Callable[[dict[str, Any]], None] | None
+
+
+class _Parts(NamedTuple):
+    """What a training works with. identity: what a state must share with it, beside settings."""
+
+    detector: EfficientAD
+    source: PictureSource
+    identity: dict[str, Any]
+    license: str | None
+
+
+class _Trained(NamedTuple):
+    """first: the step from which this run trained. unreadable: (path, reason) of held-out ones."""
+
+    trainer: Trainer
+    first: int
+    unreadable: list[tuple[str, str]]
+
+
+def _check(data: DataSet | str | os.PathLike, force: bool, task: _Task) -> tuple[_Task, DataSet]:
+    """The task with its files settled, and its data. Raises what `fit` does, before the work."""
+    check_number("false_positive_rate", task.false_positive_rate, 0, 1)
+    for name, value in {
+        "padding": task.padding,
+        "warm_start": task.warm_start,
+        "force": force,
+        "deterministic": task.deterministic,
+    }.items():
         check_flag(name, value)
-    check_integer("workers", workers, 0)
-    check_integer("checkpoint_every", checkpoint_every, 1)
-    check_integer("evaluate_every", evaluate_every, 0)
+    check_integer("workers", task.workers, 0)
+    check_integer("checkpoint_every", task.checkpoint_every, 1)
+    check_integer("evaluate_every", task.evaluate_every, 0)
+    penalty, teacher = task.penalty, task.teacher
     if penalty is not None:
         for folder in penalty if isinstance(penalty, (list, tuple)) else [penalty]:
             check_path("penalty", folder, "a folder of photos")
     if teacher is not None and not isinstance(teacher, PDN):
         check_path("teacher", teacher, "a teacher's file")
-    out, checkpoint, resume = check_files(out, checkpoint, resume, force)
+    out, checkpoint, resume = check_files(task.out, task.checkpoint, task.resume, force)
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
-    check_data(dataset, evaluate_every)
+    check_data(dataset, task.evaluate_every)
+    return replace(task, out=out, checkpoint=checkpoint, resume=resume), dataset
 
-    detector = _new_detector(size, padding, image_size, seed, teacher)
-    license = teacher_license(teacher)
-    if warm_start:
+
+def _prepare(task: _Task, dataset: DataSet) -> _Parts:
+    """The detector on its device, and the source of its pictures."""
+    seed = task.settings.seed
+    detector = _new_detector(task.size, task.padding, task.image_size, seed, task.teacher)
+    license = teacher_license(task.teacher)
+    if task.warm_start:
         _start_from_teacher(detector)
-    identity = {
-        "size": size,
-        "padding": padding,
-        "image_size": list(detector.image_size),
-        "teacher": _digest(detector.teacher),
-        "warm_start": warm_start,
-    }
     photos = None
-    if penalty is not None:
-        photos = Photos(penalty, detector.image_size, seed)
+    if task.penalty is not None:
+        photos = Photos(task.penalty, detector.image_size, seed)
     else:
         warnings.warn(
             "no penalty set: the pretraining penalty of the paper (section 3.1) is left out, which "
             "cost 0.4 points of AU-ROC there; name a folder of photos with penalty",
-            stacklevel=2,
+            PenaltyWarning,
+            stacklevel=3,  # where `fit` is called
         )
-    identity["photos"] = 0 if photos is None else len(photos)
-    images = TrainingImages([sample.path for sample in dataset.train], detector.image_size)
+    identity = {
+        "size": task.size,
+        "padding": task.padding,
+        "image_size": list(detector.image_size),
+        "teacher": _digest(detector.teacher),
+        "warm_start": task.warm_start,
+        "photos": 0 if photos is None else len(photos),
+    }
     source = PictureSource(
-        images, photos, seed=seed, batch_size=batch_size, pinned=device.type == "cuda"
+        TrainingImages([sample.path for sample in dataset.train], detector.image_size),
+        photos,
+        seed=seed,
+        batch_size=task.settings.batch_size,
+        pinned=task.device.type == "cuda",
     )
-    detector.to(device)
-    if device.type == "cuda" or settings.dtype != "float32":
+    detector.to(task.device)
+    if task.device.type == "cuda" or task.settings.dtype != "float32":
         detector.to(memory_format=torch.channels_last)
-    failed: list[tuple[str, str]] = []
-    # `calibrate` takes all of a plain folder; here only what was not trained on may serve.
-    held_out = dataclasses.replace(dataset, train=dataset.validation)
+    return _Parts(detector, source, identity, license)
 
-    def calibrated() -> EfficientAD:
-        failed.clear()
-        return calibrate(
-            detector,
-            held_out,
-            false_positive_rate=false_positive_rate,
-            statistics=False,
-            workers=workers,
-            on_error=lambda index, path, error: failed.append((str(path), error.reason)),
-        )
+
+def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
+    """All steps, then the calibration; leaves the detector on the CPU."""
+    detector = parts.detector
 
     def evaluate() -> dict[str, Any]:
-        from efficientad.evaluation.evaluation import evaluate as measure
-
-        quantiles = calibrated().quantiles.tolist()
+        _calibrate(task, dataset, detector)
+        quantiles = detector.quantiles.tolist()
         return {"quantiles": quantiles, "metrics": measure(detector, dataset).metrics}
 
-    with determinism(deterministic, device):
-        trainer = Trainer(detector, source, settings, identity=identity)
-        if resume:
-            trainer.resume(checkpoint)
+    with determinism(task.deterministic, task.device):
+        trainer = Trainer(detector, parts.source, task.settings, identity=parts.identity)
+        if task.resume:
+            trainer.resume(task.checkpoint)
         else:
-            trainer.prepare(workers, progress)
+            trainer.prepare(task.workers, task.progress)
         first = trainer.step
         try:
             trainer.run(
-                checkpoint=checkpoint,
-                checkpoint_every=checkpoint_every,
-                evaluate=evaluate if evaluate_every else None,
-                evaluate_every=evaluate_every,
-                workers=workers,
-                progress=progress,
-                on_history=on_history,
+                checkpoint=task.checkpoint,
+                checkpoint_every=task.checkpoint_every,
+                evaluate=evaluate if task.evaluate_every else None,
+                evaluate_every=task.evaluate_every,
+                workers=task.workers,
+                progress=task.progress,
+                on_history=task.on_history,
             )
         finally:
-            _write_history(checkpoint, trainer.history)
+            _write_history(task.checkpoint, trainer.history)
         detector.to(memory_format=torch.contiguous_format).cpu()
         detector.requires_grad_(False)
         detector.student.requires_grad_(True)
         detector.autoencoder.requires_grad_(True)
         try:
-            calibrated()
+            unreadable = _calibrate(task, dataset, detector)
         except KeyboardInterrupt:
-            raise TrainingStopped(trainer.step, checkpoint) from None
-    detector.provenance["training"] = {
+            raise TrainingStopped(trainer.step, task.checkpoint) from None
+    return _Trained(trainer, first, unreadable)
+
+
+def _calibrate(task: _Task, dataset: DataSet, detector: EfficientAD) -> list[tuple[str, str]]:
+    """Calibrate on what was held out; (path, reason) of what could not be read."""
+    unreadable: list[tuple[str, str]] = []
+    calibrate(
+        detector,
+        # `calibrate` takes all of a plain folder; only what was not trained on may serve.
+        replace(dataset, train=dataset.validation),
+        false_positive_rate=task.false_positive_rate,
+        statistics=False,
+        workers=task.workers,
+        on_error=lambda index, path, error: unreadable.append((str(path), error.reason)),
+    )
+    return unreadable
+
+
+def _provenance(
+    task: _Task, dataset: DataSet, parts: _Parts, trained: _Trained, started: float
+) -> dict[str, Any]:
+    """What the detector was made from. started: `time.monotonic()` when `fit` began."""
+    images, photos, history = parts.source.images, parts.source.photos, trained.trainer.history
+    training = {
         "algorithm": "EfficientAD, arXiv 2303.14535, Algorithm 1",
         "data": dataset.name,
         "images": len(images),
         "images_held_out": len(dataset.validation),
         "pretraining_penalty": f"{len(photos)} photos" if photos else "none: no photos were given",
-        "teacher": identity["teacher"],
-        "warm_start": warm_start,
-        **dataclasses.asdict(settings),
-        "device": str(device),
+        "teacher": parts.identity["teacher"],
+        "warm_start": task.warm_start,
+        **asdict(task.settings),
+        "device": str(task.device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "resumed_at_step": first if resume else None,
+        "resumed_at_step": trained.first if task.resume else None,
         "seconds": round(time.monotonic() - started, 1),
-        "unreadable": [*images.failed, *failed, *(photos.failed if photos else [])],
-        "last_losses": trainer.history[-1] if trainer.history else None,
+        "unreadable": [*images.failed, *trained.unreadable, *(photos.failed if photos else [])],
+        "last_losses": history[-1] if history else None,
     }
-    if license is not None:
-        detector.provenance["teacher_license"] = license
-    if out is not None:
-        try:
-            save(detector, out)
-        except OSError as error:
-            raise OSError(f"{error}. The training's state is in {checkpoint}") from error
-    return detector
+    if parts.license is None:
+        return {"training": training}
+    return {"training": training, "teacher_license": parts.license}
+
+
+def _save(task: _Task, detector: EfficientAD) -> None:
+    """Write the detector, if a file is named."""
+    if task.out is None:
+        return
+    try:
+        save(detector, task.out)
+    except OSError as error:
+        raise OSError(f"{error}. The training's state is in {task.checkpoint}") from error
 
 
 def _new_detector(

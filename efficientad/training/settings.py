@@ -35,6 +35,10 @@ class TrainingStopped(KeyboardInterrupt):
         self.step, self.checkpoint = step, checkpoint
 
 
+class PenaltyWarning(UserWarning):
+    """A training without the pretraining penalty of the paper."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the result of a training depends on, beside networks and pictures; see `fit`."""

@@ -24,9 +24,9 @@ from efficientad.cli.train import add_train, run_train
 from efficientad.data.layouts import open_dataset
 from efficientad.model.networks import PDN
 from efficientad.training import fitting as training
-from efficientad.training.fitting import TrainingError, fit
+from efficientad.training.fitting import fit
 from efficientad.training.losses import StepInputs, step_losses
-from efficientad.training.settings import Settings, TrainingStopped
+from efficientad.training.settings import PenaltyWarning, Settings, TrainingError, TrainingStopped
 from efficientad.training.trainer import Trainer
 from efficientad.utils import run_state
 
@@ -375,7 +375,7 @@ def test_loss_that_is_not_finite_stops_the_training(folder):
 
 def quiet_fit(*arguments, **options):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no penalty set")
+        warnings.simplefilter("ignore", PenaltyWarning)
         return fit(*arguments, **options)
 
 
@@ -445,7 +445,7 @@ def test_evaluation_while_training(tmp_path, thin):
 
 
 def test_absent_penalty_is_said(folder, thin):
-    with pytest.warns(UserWarning, match="no penalty set"):
+    with pytest.warns(PenaltyWarning, match="no penalty set"):
         detector = fit(folder / "good", steps=1, device="cpu")
     assert detector.provenance["training"]["pretraining_penalty"].startswith("none")
     assert detector.provenance["training"]["last_losses"]["penalty"] == 0
