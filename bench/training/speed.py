@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 
 from bench import record
-from efficientad import EfficientAD
 from efficientad.data.decoding import read_image
 from efficientad.data.images import find_images, resize_image, to_tensor
 from efficientad.demo.parts import write_dataset
+from efficientad.model.detector import EfficientAD
 from efficientad.training.losses import learning_rate
 from efficientad.training.pictures import (
     Photos,
