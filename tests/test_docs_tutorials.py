@@ -86,10 +86,14 @@ def edited(page: str, text: str) -> str:
 
 def command_lines(text: str) -> list[list[str]]:
     """The words of each command of a bash block."""
-    lines = text.replace("\\\n", " ").splitlines()
-    commands = (part for line in lines for part in re.split(r"\|\||&&|;|\|", line))
-    words = (shlex.split(command, comments=True) for command in commands)
-    return [command for command in words if command]
+    commands: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
+        commands.append([])
+        for word in lexer:
+            commands += [[]] if set(word) <= set(";|&") else []
+            commands[-1] += [word] if set(word) - set(";|&") else []
+    return [command for command in commands if command]
 
 
 # ---- prepared folders ------------------------------------------------------------------------
