@@ -76,7 +76,7 @@ class PlainLoop:
         image, changed, photo = self.pictures()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, s.steps, s.learning_rate)
-        with self.trainer._seeded(self.step):
+        with self.trainer.seeded(self.step):
             with torch.no_grad():
                 target = (detector.teacher(image) - detector.teacher_mean) / detector.teacher_std
             distances = (target - detector.student(image)[:, :384]) ** 2
@@ -146,9 +146,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if kind == "plain":
             loss = plain()
         else:
-            before = trainer._sums.clone()
-            trainer._one_step(next(pictures))
-            loss = (trainer._sums - before).sum().item()  # waits for the device
+            loss = trainer.one_step(next(pictures)).double().sum().item()  # waits for the device
         seconds[kind].append(time.perf_counter() - start)
         work[kind].append(time.process_time() - used)
         losses[kind].append(loss)

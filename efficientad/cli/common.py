@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ANOMALY = 0, 1, 2, 3
 EXIT_STOPPED = 130  # by Ctrl-C
+SECONDS_BETWEEN_LINES = 30
 
 
 class UsageError(ValueError):
@@ -88,9 +90,32 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {shown}")
 
 
+class Bars:
+    """Progress bars: `bars(what, done, total)` moves one, `log` prints a line above them."""
+
+    def __init__(self, progress: Any, lines: bool) -> None:
+        self._progress, self._lines = progress, lines and not progress.console.is_terminal
+        self._tasks: dict[str, Any] = {}
+        self._shown = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._lines and time.monotonic() - self._shown > SECONDS_BETWEEN_LINES:
+            self._shown = time.monotonic()
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done, total=total)
+
+    def log(self, text: str) -> None:
+        if self._progress.console.is_terminal:
+            self._progress.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+
 @contextmanager
-def progress_bars() -> Iterator[Any]:
-    """A callable (what, done, total) that draws progress bars on a terminal."""
+def progress_bars(lines: bool = False) -> Iterator[Bars]:
+    """Bars with the time to go on a terminal; elsewhere nothing, or `lines`, two a minute."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -103,13 +128,9 @@ def progress_bars() -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield update
+        *columns,
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        yield Bars(progress, lines)

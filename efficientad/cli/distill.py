@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from efficientad.cli.common import UsageError, progress_bars
 
 _EPILOG = """\
 The defaults are the paper's (Algorithm 3): 60,000 steps of 16 whole photos at a rate of 1e-4, which
@@ -74,6 +73,8 @@ def run_distill(options: argparse.Namespace) -> int:
     from efficientad.distillation.backbones import check_backbone, file_digest, load_backbone
     from efficientad.distillation.distiller import Distillation
     from efficientad.distillation.recipe import Recipe
+    from efficientad.utils.devices import choose_device
+    from efficientad.utils.interrupts import held_back
 
     state = options.state or options.out.with_suffix(".state")
     _check_outputs(options, state)
@@ -86,11 +87,12 @@ def run_distill(options: argparse.Namespace) -> int:
             ).split()
         }
     )
-    device = _device(options.device)
+    device = choose_device(options.device)
     photos = find_images(options.photos)
     backbone = load_backbone(options.backbone).to(device)
     check_backbone(backbone, device)
-    with _progress() as (progress, log), _interruptible() as stop:
+    stopping = (signal.SIGINT, signal.SIGTERM)
+    with progress_bars(lines=True) as bars, held_back(stopping, _say_stopping) as stop:
         run = Distillation(
             recipe,
             photos,
@@ -105,13 +107,13 @@ def run_distill(options: argparse.Namespace) -> int:
             bank_folder=options.bank_folder,
             device=device,
             workers=options.workers,
-            progress=progress,
+            progress=bars,
         )
         run.run(
             options.out,
             every=options.every,
             license=options.license or DEFAULT_LICENSE,
-            log=log,
+            log=bars.log,
             stop=stop,
         )
     if run.step < recipe.steps:
@@ -122,97 +124,19 @@ def run_distill(options: argparse.Namespace) -> int:
     return 1 if run.data.failed else 0
 
 
+def _say_stopping() -> None:
+    print("stopping after this step ...", file=sys.stderr)
+
+
 def _check_outputs(options: argparse.Namespace, state: Path) -> None:
     """Fail before hours of work, not after them."""
-    for path in (options.out, state):
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; name a file")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is not a folder; create it first")
+    from efficientad.utils.checks import check_integer, check_writable
+
+    for name, path in (("--out", options.out), ("--state", state)):
+        check_writable(name, path)
         if path.exists() and not (options.force or options.resume):
-            raise ValueError(f"{path} exists; --resume goes on with it, --force replaces it")
+            raise UsageError(f"{path} exists; --resume goes on with it, --force replaces it")
     if state == options.out:
-        raise ValueError(f"--state and --out are both {state}; they are two files")
-    probe = options.out.with_name(f".{options.out.name}.probe")
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"{options.out} cannot be written: {error}") from error
-    if options.every < 1 or options.workers < 0:
-        raise ValueError("--every must be at least 1 and --workers at least 0")
-
-
-def _device(name: str):
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}; it must be auto, cpu or cuda[:N]") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r} and torch sees no CUDA device; use cpu or auto")
-    return device
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """A function that says whether Ctrl-C or SIGTERM came; a second one ends the run at once."""
-    asked: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("stopping after this step ...", file=sys.stderr)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, handle) for number in numbers]
-    except ValueError:  # not in the main thread
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
-    """(progress, log): bars with the time to go on a terminal; elsewhere a line twice a minute."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    shown = [time.monotonic()]
-    if not console.is_terminal:
-
-        def line(what: str, done: int, total: int) -> None:
-            if time.monotonic() - shown[0] > 30:
-                shown[0] = time.monotonic()
-                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-
-        yield line, lambda text: print(text, flush=True)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console
-    ) as bars:
-        tasks: dict[str, object] = {}
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield update, lambda text: bars.console.print(text, highlight=False)
+        raise UsageError(f"--state and --out are both {state}; they are two files")
+    check_integer("--every", options.every, 1)
+    check_integer("--workers", options.workers, 0)

@@ -21,6 +21,12 @@ from efficientad.ops.winograd import OUT, transforms
 STRIP_BYTES = 12 * 2**20  # of intermediate values at a time in torch, a share of the last cache
 
 
+def serves(x: Tensor) -> bool:
+    """Whether `convolve` is the faster one for x: on a CPU in float32 or float64, no autocast."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    return x.device.type == "cpu" and wide and not torch.is_autocast_enabled("cpu")
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
     """Stride-1 convolution without padding, then ReLU if wanted, of a channels-last image.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN, TEACHER_CHANNELS, feature_size
-from efficientad.ops.differentiable_conv import convolve
+from efficientad.ops import differentiable_conv
 
 TERMS = ("hard", "penalty", "autoencoder", "student_autoencoder")
 FIRST, SECOND = slice(0, TEACHER_CHANNELS), slice(TEACHER_CHANNELS, None)
@@ -110,45 +110,44 @@ def needed_pixels(pdn: PDN, x: Tensor) -> Tensor:
     return x[:, :, :h, :w]
 
 
-def trunk(pdn: PDN, x: Tensor, fast: bool = False) -> Tensor:
-    """All layers of a PDN but the last: normalised image (N, 3, H, W) -> (N, C, h', w').
-
-    fast: through `fast_conv`, on the CPU in float32 or float64.
-    """
+def trunk(pdn: PDN, x: Tensor) -> Tensor:
+    """All layers of a PDN but the last: normalised image (N, 3, H, W) -> (N, C, h', w')."""
     x = needed_pixels(pdn, x)
-    if fast:
+    own = differentiable_conv.serves(x)
+    if own:
         x = x.permute(0, 2, 3, 1)
     for conv, row in pdn.layers()[:-1]:
-        x = _convolve(conv, x, slice(None), fast, row.relu)
+        x = _convolve(conv, x, slice(None), own, row.relu)
         if row.pool:
-            x = x.permute(0, 3, 1, 2) if fast else x
+            x = x.permute(0, 3, 1, 2) if own else x
             x = F.avg_pool2d(x, 2, 2, padding=int(pdn.padding))
-            x = x.permute(0, 2, 3, 1) if fast else x
-    return x.permute(0, 3, 1, 2) if fast else x
+            x = x.permute(0, 2, 3, 1) if own else x
+    return x.permute(0, 3, 1, 2) if own else x
 
 
-def head(pdn: PDN, x: Tensor, channels: slice = slice(None), fast: bool = False) -> Tensor:
+def head(pdn: PDN, x: Tensor, channels: slice = slice(None)) -> Tensor:
     """Those channels of a PDN's output: (N, C, h', w') of `trunk` -> (N, len(channels), h, w)."""
-    if not fast:
+    if not differentiable_conv.serves(x):
         return _convolve(pdn.last, x, channels, False, False)
     return _convolve(pdn.last, x.permute(0, 2, 3, 1), channels, True, False).permute(0, 3, 1, 2)
 
 
-def _convolve(conv: torch.nn.Conv2d, x: Tensor, rows: slice, fast: bool, relu: bool) -> Tensor:
-    weight, bias, padding = conv.weight[rows], conv.bias[rows], conv.padding[0]
-    if fast:
+def _convolve(conv: torch.nn.Conv2d, x: Tensor, rows: slice, own: bool, relu: bool) -> Tensor:
+    """own: by `differentiable_conv`, with x (N, H, W, C), else by torch, with (N, C, H, W)."""
+    assert conv.bias is not None
+    weight, bias, padding = conv.weight[rows], conv.bias[rows], int(conv.padding[0])
+    if own:
         if padding:
             x = F.pad(x, (0, 0, padding, padding, padding, padding))
-        return convolve(x, weight, bias, relu=relu)
+        return differentiable_conv.convolve(x, weight, bias, relu=relu)
     x = F.conv2d(x, weight, bias, padding=padding)
     return F.relu(x, inplace=True) if relu else x
 
 
 @torch.no_grad()
-def teacher_features(detector: EfficientAD, image: Tensor, fast: bool = False) -> Tensor:
+def teacher_features(detector: EfficientAD, image: Tensor) -> Tensor:
     """The teacher's features (N, 384, h, w), not yet normalised, of RGB (N, 3, H, W) in 0..1."""
-    teacher = detector.teacher
-    return head(teacher, trunk(teacher, detector.normalize(image), fast), fast=fast)
+    return head(detector.teacher, trunk(detector.teacher, detector.normalize(image)))
 
 
 def standardized(detector: EfficientAD, features: Tensor) -> Tensor:
@@ -156,9 +155,7 @@ def standardized(detector: EfficientAD, features: Tensor) -> Tensor:
     return (features - detector.teacher_mean) / detector.teacher_std
 
 
-def step_losses(
-    detector: EfficientAD, inputs: StepInputs, hard_quantile: float, fast: bool = False
-) -> Tensor:
+def step_losses(detector: EfficientAD, inputs: StepInputs, hard_quantile: float) -> Tensor:
     """The four terms of `TERMS`, (4,), differentiable; the training minimises their sum.
 
     The teacher's channel statistics must be set, and the autoencoder in training mode.
@@ -166,17 +163,18 @@ def step_losses(
     image, augmented, photo, features = inputs
     n = len(image)
     if features is None:
-        features = teacher_features(detector, image, fast)
+        features = teacher_features(detector, image)
     target = standardized(detector, features)
-    target_augmented = standardized(detector, teacher_features(detector, augmented, fast))
+    target_augmented = standardized(detector, teacher_features(detector, augmented))
     # The photo stands beside the image: both need the first half of the last layer.
     pictures = [image, augmented] if photo is None else [image, photo, augmented]
     x = detector.normalize(torch.cat(pictures))
-    inner = trunk(detector.student, x, fast)
-    student_st = head(detector.student, inner[:-n], FIRST, fast)
-    student_ae = head(detector.student, inner[-n:], SECOND, fast)
+    inner = trunk(detector.student, x)
+    student_st = head(detector.student, inner[:-n], FIRST)
+    student_ae = head(detector.student, inner[-n:], SECOND)
     # torch's own convolutions on a CPU find the filters' gradients faster channels first.
-    autoencoder = detector.autoencoder(x[-n:].contiguous() if fast else x[-n:])
+    own = differentiable_conv.serves(x)
+    autoencoder = detector.autoencoder(x[-n:].contiguous() if own else x[-n:])
     distances = squared_difference(target, student_st[:n])
     return torch.stack(
         [

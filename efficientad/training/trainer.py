@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,6 +30,7 @@ from efficientad.training.losses import (
 )
 from efficientad.training.pictures import Pictures, PictureSource, to_rgb
 from efficientad.training.settings import Settings, TrainingError, TrainingStopped
+from efficientad.utils.interrupts import held_back
 from efficientad.utils.prefetch import ahead
 from efficientad.utils.run_state import load_state, optimizer_tensors, restore_optimizer, save_state
 from efficientad.utils.sampling import random_numbers
@@ -66,7 +65,6 @@ class Trainer:
         self.step = 0
         self.history: History = []
         self.half = settings.dtype == "bfloat16"
-        self.fast = self.device.type == "cpu" and not self.half
         named = [
             (f"{part}.{name}", parameter)
             for part in ("student", "autoencoder")
@@ -118,7 +116,7 @@ class Trainer:
         """Teacher features (1, 384, h, w) of one training image, always computed alone."""
         found = self._features.get(index)
         if found is None:
-            found = teacher_features(self.detector, rgb, self.fast)
+            found = teacher_features(self.detector, rgb)
             if (len(self._features) + 1) * found.nbytes <= self._feature_budget:
                 self._features[index] = found
         return found
@@ -157,14 +155,16 @@ class Trainer:
         try:
             for found in pictures:
                 entry = None
-                with _uninterrupted():
+                with held_back() as interrupted:
                     whole = False
-                    self._one_step(found)
+                    self.one_step(found)
                     due = evaluate_every and self.step % evaluate_every == 0
                     if due or self.step % s.log_every == 0 or self.step == s.steps:
                         entry = self._entry()
                         self.history.append(entry)
                     whole = True
+                if interrupted():
+                    raise KeyboardInterrupt
                 if due:
                     self.detector.eval()
                     entry |= evaluate()
@@ -185,7 +185,11 @@ class Trainer:
             pictures.close()
             self.detector.eval()
 
-    def _one_step(self, pictures: Pictures) -> None:
+    def one_step(self, pictures: Pictures) -> Tensor:
+        """Train one step on these pictures; the terms of its loss (4,), before the step.
+
+        The networks must be in training mode, as `run` leaves them to its steps.
+        """
         s = self.settings
         image = to_rgb(pictures.image, self.device)
         inputs = StepInputs(
@@ -200,7 +204,7 @@ class Trainer:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        with self._seeded(self.step):
+        with self.seeded(self.step):
             if self.device.type != "cuda":
                 terms = self._eager(inputs)
             else:
@@ -211,12 +215,13 @@ class Trainer:
         self._sums += terms
         self._summed += 1
         self.step += 1
+        return terms
 
     def _eager(self, inputs: StepInputs) -> Tensor:
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False
         ):
-            terms = step_losses(self.detector, inputs, self.settings.hard_quantile, self.fast)
+            terms = step_losses(self.detector, inputs, self.settings.hard_quantile)
         terms.sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,7 +236,7 @@ class Trainer:
             torch.default_generator.manual_seed(seed)
 
     @contextmanager
-    def _seeded(self, step: int) -> Iterator[None]:
+    def seeded(self, step: int) -> Iterator[None]:
         """The device's generator seeded for this step, and as it was afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -309,26 +314,3 @@ class Trainer:
         self._features.clear()
         self.step, self._summed = int(facts["step"]), int(facts["summed"])
         self.history = list(facts["history"])
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the end; a second one does not. Only where it would raise at once."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    asked: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if asked:
-        raise KeyboardInterrupt
