@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from efficientad.utils.checks import check_number
 from efficientad.utils.devices import full_float32
 from efficientad.utils.quantiles import streaming_quantiles
 
+GoodImages = str | os.PathLike | DataSet | Iterable[str | os.PathLike]  # without defects
 Progress = Callable[[str, int, int], None]  # (what is done, images so far, images in all)
 FALSE_POSITIVE_RATE = 0.01
 _CHUNK = 32  # maps read back from the temporary file at a time
@@ -122,7 +123,7 @@ def threshold_from_scores(scores: Sequence[float], false_positive_rate: float) -
     return float(ordered[ordered.size - 1 - may_exceed])
 
 
-def split_good_images(good_images: object, statistics: bool) -> tuple[list[Path], list[Path]]:
+def split_good_images(good_images: GoodImages, statistics: bool) -> tuple[list[Path], list[Path]]:
     """(images for the statistics, images for quantiles and threshold) of what a user names.
 
     A data set in a known layout brings its own split. Of loose images and plain folders one tenth
@@ -132,18 +133,18 @@ def split_good_images(good_images: object, statistics: bool) -> tuple[list[Path]
     if isinstance(good_images, (str, os.PathLike)) and Path(good_images).is_dir():
         good_images = open_dataset(good_images)
     if isinstance(good_images, DataSet):
-        train, validation = good_images.train, good_images.validation
+        parts = good_images.train, good_images.validation
         loose = good_images.layout == "folder"
     else:
-        train, validation = split_validation(Sample(p) for p in find_images(good_images))
+        parts = split_validation(Sample(p) for p in find_images(good_images))
         loose = True
-    train, validation = ([s.path for s in part] for part in (train, validation))
+    train, validation = ([sample.path for sample in part] for part in parts)
     return (train, validation) if statistics or not loose else ([], sorted({*train, *validation}))
 
 
 def calibrate(
     detector: EfficientAD,
-    good_images: object,
+    good_images: GoodImages,
     *,
     false_positive_rate: float = FALSE_POSITIVE_RATE,
     statistics: bool | None = None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,13 @@ class EfficientAD(nn.Module):
     `forward` raises `UncalibratedError`. Weights may be cast (`.half()`, `.bfloat16()`); statistics
     and quantiles stay in at least float32, and so do the distances.
     """
+
+    image_mean: Tensor
+    image_std: Tensor
+    teacher_mean: Tensor
+    teacher_std: Tensor
+    quantiles: Tensor
+    affine: Tensor
 
     def __init__(
         self,
@@ -224,7 +232,7 @@ class EfficientAD(nn.Module):
         for name, value in zip(QUANTILE_NAMES, values, strict=True):
             if value != value or value in (float("inf"), float("-inf")):
                 raise ValueError(f"{name} is {value}; quantiles must be finite")
-        for kind, qa, qb in (("st", *values[:2]), ("ae", *values[2:])):
+        for kind, (qa, qb) in (("st", values[:2]), ("ae", values[2:])):
             if qb < qa:
                 raise ValueError(f"qb_{kind} is {qb} and qa_{kind} is {qa}; q_b must be >= q_a")
         self.quantiles.copy_(torch.tensor(values, dtype=torch.float64))
@@ -338,7 +346,8 @@ class EfficientAD(nn.Module):
         if not self.calibrated:
             self.raise_uncalibrated()
         map_st, map_ae = self.distance_maps(image)
-        anomaly_map, score = self.anomaly_map(map_st, map_ae, tuple(image.shape[-2:]))
+        height, width = image.shape[-2:]
+        anomaly_map, score = self.anomaly_map(map_st, map_ae, (height, width))
         return AnomalyOutput(score, anomaly_map, map_st, map_ae)
 
     def feature_size(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -358,13 +367,13 @@ class EfficientAD(nn.Module):
             "good_images)`; `distance_maps` gives the raw maps"
         )
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EfficientAD:
         """Casts reach the weights; statistics and quantiles stay in at least float32."""
         names = ("image_mean", "image_std", "teacher_mean", "teacher_std", "quantiles", "affine")
-        before = {name: self._buffers[name] for name in names}
+        before: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = self._buffers[name]
+            new = getattr(self, name)
             if torch.finfo(new.dtype).eps > torch.finfo(torch.float32).eps:
                 self._buffers[name] = old.to(new.device)
         return self
@@ -384,6 +393,6 @@ def check_detector(detector: object) -> None:
 def _resolve_after_load(module: EfficientAD, _incompatible: object) -> None:
     """After `load_state_dict`: a file without statistics or quantiles stays uncalibrated."""
     std = module.teacher_std
-    identity = bool((module.teacher_mean == 0).all()) and bool((std == 1).all())
+    identity = bool(module.teacher_mean.eq(0).all()) and bool(std.eq(1).all())
     module._has_statistics = not identity
     module._resolve()

@@ -105,6 +105,8 @@ class PDN(nn.Module):
             (256 -> 56 cells), which is the deployed one (paper, Appendix E). Same parameters.
     """
 
+    conv1: nn.Conv2d  # and so on, named as in published files; see `layers`
+
     def __init__(
         self, size: str = "S", out_channels: int = TEACHER_CHANNELS, padding: bool = False
     ):

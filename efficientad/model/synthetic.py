@@ -7,6 +7,8 @@ but for the golden image, on which files and kernels test themselves: there is o
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ def golden_image() -> Tensor:
 
 @torch.no_grad()
 def random_detector(
-    size: str = "S", seed: int = 0, calibrated: bool = True, **options
+    size: str = "S", seed: int = 0, calibrated: bool = True, **options: Any
 ) -> EfficientAD:
     """Random weights with outputs of a trained detector's size; calibrated on `images(2)`.
 
@@ -62,6 +64,7 @@ def random_detector(
         mean = out.mean(dim=(0, 2, 3))
         factor = 0.3 / (out - mean[:, None, None]).std()
         conv.weight.data *= factor
+        assert conv.bias is not None
         conv.bias.data = (conv.bias.data - mean) * factor
     if calibrated:
         calibrate_on_own_maps(model, images(2, *model.image_size, seed=seed + 100))
