@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from efficientad.training.fitting import fit
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "kernels":  # lives in kernels/ of the checkout and is mapped here by the install
         try:
             return importlib.import_module("efficientad.kernels")

@@ -56,9 +56,9 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(resized)
 
 
-def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
+def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     """uint8 images (H, W, 3) of one size to float32 (N, 3, H, W) in 0..1 (value / 255)."""
-    stacked = torch.from_numpy(np.stack(images))
+    stacked = torch.from_numpy(np.stack(list(images)))
     return stacked.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -81,7 +82,7 @@ class PatchCoreFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised image (N, 3, H, W) -> (N, 384, H / 8, W / 8)."""
-        net = self.network
+        net: Any = self.network
         x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))
         layer2 = net.layer2(x)
         layer3 = net.layer3(layer2)

@@ -22,6 +22,7 @@ from efficientad.distillation.recipe import MARGIN, Recipe, initial_pdn
 from efficientad.distillation.targets import Targets
 from efficientad.model.calibration import Progress
 from efficientad.model.networks import PDN
+from efficientad.utils.devices import lay_out
 from efficientad.utils.prefetch import ahead
 from efficientad.utils.run_state import load_state, optimizer_tensors, restore_optimizer, save_state
 
@@ -67,11 +68,12 @@ class Distillation:
             "photos": {"count": len(photos), "sha256": photos_digest(photos)},
             "backbone": backbone_facts,
         }
-        self.step, self.curve, self.seconds = 0, [], 0.0
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, Any]] = []
         self.planned: list[dict[str, int]] = []  # numbers of steps planned before, until when
         self.model = initial_pdn(recipe).to(self.device)
         if self.device.type == "cuda":
-            self.model.to(memory_format=torch.channels_last)
+            lay_out(self.model, torch.channels_last)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.average = {k: p.detach().clone() for k, p in self.model.named_parameters()}
         self.optimizer = torch.optim.Adam(
@@ -197,7 +199,7 @@ class Distillation:
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"{name} is not finite at step {self.step}: lower the rate (--lr)")
-        tensors = {f"model.{k}": p for k, p in self.model.named_parameters()}
+        tensors: dict[str, Tensor] = {f"model.{k}": p for k, p in self.model.named_parameters()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         tensors |= optimizer_tensors(self.optimizer, self.names)
         tensors |= {"target.mean": self.data.target_mean, "target.std": self.data.target_std}

@@ -60,10 +60,11 @@ def show_photo(photo: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
         photo = np.ascontiguousarray(photo[:, ::-1])
     if view.grey:
         photo = np.repeat(np.asarray(Image.fromarray(photo).convert("L"))[..., None], 3, axis=2)
-    return tuple(resize_image(photo, (size, size)) for size in (BACKBONE_SIZE, PDN_SIZE))
+    large, small = (resize_image(photo, (size, size)) for size in (BACKBONE_SIZE, PDN_SIZE))
+    return large, small
 
 
-def normalize(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
+def normalize(images: Sequence[np.ndarray] | np.ndarray, device: torch.device) -> Tensor:
     """uint8 images (H, W, 3) -> (N, 3, H, W) float32 with ImageNet's mean and std taken out."""
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in _IMAGENET)
     return (to_tensor(images).to(device) - mean) / std

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from efficientad.model.networks import PDN, check_model_size
@@ -98,11 +99,12 @@ def initial_pdn(recipe: Recipe) -> PDN:
     loss begins at that of predicting zero; biases are 0.
     """
     pdn = PDN(recipe.size, padding=recipe.crop is None)
-    modules = list(pdn.children())
-    for i, conv in enumerate(modules):
-        gain = 2.0 if i + 1 < len(modules) else 0.01
+    convolutions = [conv for conv, _ in pdn.layers()]
+    for i, conv in enumerate(convolutions):
+        gain = 2.0 if conv is not pdn.last else 0.01
         numbers = random_numbers(recipe.seed, "initial-weights", i)
-        values = numbers.standard_normal(tuple(conv.weight.shape), dtype="float32")
+        values = numbers.standard_normal(tuple(conv.weight.shape), dtype=np.float32)
         conv.weight.copy_(torch.from_numpy(values) * (gain / conv.weight[0].numel()) ** 0.5)
+        assert conv.bias is not None
         conv.bias.zero_()
     return pdn

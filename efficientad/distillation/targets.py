@@ -27,6 +27,7 @@ from efficientad.distillation.photos import (
 )
 from efficientad.distillation.recipe import MARGIN, PDN_SIZE, Recipe
 from efficientad.model.calibration import ChannelStatistics, Progress
+from efficientad.utils.devices import lay_out
 from efficientad.utils.sampling import random_numbers, shuffled
 
 
@@ -52,7 +53,8 @@ class Targets:
     ) -> None:
         self.recipe, self.device, self.workers = recipe, torch.device(device), workers
         self.progress = progress or (lambda what, done, total: None)
-        self.backbone = backbone.to(self.device, memory_format=torch.channels_last)
+        self.backbone = backbone.to(self.device)
+        lay_out(self.backbone, torch.channels_last)
         self.train, self.held_out = split_photos(photos, recipe.held_out, recipe.seed)
         self.failed: dict[Path, str] = {}
         self.bank = self._open_bank(bank_folder, backbone_facts) if recipe.bank else None
@@ -78,13 +80,16 @@ class Targets:
         """
         size = self.recipe.batch_size
         rows = [self._load_item(step, item) for item in range(size)]
-        return tuple(np.stack(part) for part in zip(*rows, strict=True))
+        images, sources = (np.stack(part) for part in zip(*rows, strict=True))
+        return images, sources
 
     def window(self, step: int, item: int) -> tuple[int, int]:
         """First (row, column) of a crop on the grid of cells: pixels 4 row, 4 column."""
+        assert self.recipe.crop is not None
         room = (PDN_SIZE - self.recipe.crop) // 4
         numbers = random_numbers(self.recipe.seed, "window", step, item)
-        return tuple(numbers.integers(0, room + 1, 2).tolist())
+        row, column = numbers.integers(0, room + 1, 2).tolist()
+        return row, column
 
     def _load_item(self, step: int, item: int) -> tuple[np.ndarray, np.ndarray]:
         position = step * self.recipe.batch_size + item

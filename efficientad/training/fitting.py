@@ -39,7 +39,7 @@ from efficientad.training.settings import (
 )
 from efficientad.training.trainer import Trainer
 from efficientad.utils.checks import check_flag, check_integer, check_number, check_path
-from efficientad.utils.devices import choose_device
+from efficientad.utils.devices import choose_device, lay_out
 from efficientad.utils.files import write_text
 
 CHECKPOINT_EVERY = 1000
@@ -237,7 +237,7 @@ def _prepare(task: _Task, dataset: DataSet) -> _Parts:
     )
     detector.to(task.device)
     if task.device.type == "cuda" or task.settings.dtype != "float32":
-        detector.to(memory_format=torch.channels_last)
+        lay_out(detector, torch.channels_last)
     return _Parts(detector, source, identity, license)
 
 
@@ -253,6 +253,7 @@ def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
     with determinism(task.deterministic, task.device):
         trainer = Trainer(detector, parts.source, task.settings, identity=parts.identity)
         if task.resume:
+            assert task.checkpoint is not None  # `check_files` has seen to it
             trainer.resume(task.checkpoint)
         else:
             trainer.prepare(task.workers, task.progress)
@@ -269,7 +270,8 @@ def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
             )
         finally:
             _write_history(task.checkpoint, trainer.history)
-        detector.to(memory_format=torch.contiguous_format).cpu()
+        lay_out(detector, torch.contiguous_format)
+        detector.cpu()
         detector.requires_grad_(False)
         detector.student.requires_grad_(True)
         detector.autoencoder.requires_grad_(True)

@@ -8,6 +8,7 @@ whose seed is read at every replay, so that seeding before the replay decides th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class GraphStep:
         parameters: list[Tensor],
         example: StepInputs,
     ) -> None:
-        self._inputs = StepInputs(*(None if t is None else t.clone() for t in example))
+        copies: list[Any] = [None if t is None else t.clone() for t in example]
+        self._inputs = StepInputs(*copies)
         weights = [p.detach().clone() for p in parameters]
         state = {
             p: {k: v.clone() for k, v in optimizer.state[p].items()}
@@ -64,7 +66,7 @@ class GraphStep:
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Losses of the step; the tensor is overwritten by the next one."""
         for buffer, value in zip(self._inputs, inputs, strict=True):
-            if buffer is not None:
+            if buffer is not None and value is not None:
                 buffer.copy_(value, non_blocking=True)
         with torch.cuda.device(self._losses.device):
             self._graph.replay()

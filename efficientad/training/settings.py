@@ -53,7 +53,7 @@ class Settings:
     log_every: int = 100
 
     def __post_init__(self) -> None:
-        checked = {
+        checked: dict[str, float] = {
             name: check_integer(name, getattr(self, name), 1)
             for name in ("steps", "batch_size", "log_every")
         }

@@ -158,14 +158,14 @@ class Trainer:
                 with held_back() as interrupted:
                     whole = False
                     self.one_step(found)
-                    due = evaluate_every and self.step % evaluate_every == 0
+                    due = evaluate_every > 0 and self.step % evaluate_every == 0
                     if due or self.step % s.log_every == 0 or self.step == s.steps:
                         entry = self._entry()
                         self.history.append(entry)
                     whole = True
                 if interrupted():
                     raise KeyboardInterrupt
-                if due:
+                if due and evaluate is not None and entry is not None:
                     self.detector.eval()
                     entry |= evaluate()
                     self.detector.student.train()

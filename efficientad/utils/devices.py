@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 FP8 = torch.float8_e4m3fn
 DTYPES = {
@@ -42,6 +43,11 @@ def choose_device(device: str | torch.device) -> torch.device:
             "or install a torch build with CUDA"
         )
     return torch.device("cuda", index)
+
+
+def lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay a module's 4-d weights out in place: `module.to(memory_format=...)`."""
+    module.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 class _Precision:
