@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from efficientad.utils.files import replace_file
@@ -60,12 +60,14 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, An
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is not the state of a training run")
-            facts = json.loads(header["facts"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        # Read at once: safe_open opens a file twice, and a writer may replace it in between.
+        data = path.read_bytes()
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} is not the state of a training run")
+        facts = json.loads(header["facts"])
     except (safetensors.SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged or not the state of a training run: {error}") from None
     if not isinstance(facts, dict):
