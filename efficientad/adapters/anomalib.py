@@ -39,7 +39,7 @@ def accelerate(model: nn.Module, **predictor_options: Any) -> nn.Module:
         ValueError: another model, or an option that does not exist.
     """
     core = model if _is_anomalib(model) else getattr(model, "model", None)
-    if not _is_anomalib(core):
+    if not isinstance(core, nn.Module) or not _is_anomalib(core):
         raise ValueError(
             f"model is a {type(model).__name__}; it must be anomalib's EfficientAdModel or "
             "EfficientAd (for a detector of this package use FastPredictor)"
@@ -61,7 +61,7 @@ def _is_anomalib(model: object) -> bool:
 class _FastForward:
     """Stands in an EfficientAdModel's place of `forward`."""
 
-    def __init__(self, model: nn.Module, options: dict[str, Any]) -> None:
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
         self.__setstate__(self.__getstate__())
 
@@ -82,7 +82,7 @@ class _FastForward:
             server = self._server(batch)
         if server.predictor is None:
             return self._own(batch, *arguments, **named)
-        return self._result(server.detect(batch), tuple(batch.shape[-2:]))
+        return self._result(server.detect(batch), (batch.shape[2], batch.shape[3]))
 
     def _own(self, *arguments: Any, **named: Any) -> Any:
         return type(self._model).forward(self._model, *arguments, **named)
@@ -103,7 +103,7 @@ class _FastForward:
         )
 
     def _server(self, batch: Tensor) -> Server:
-        size = tuple(batch.shape[-2:])
+        size = (batch.shape[2], batch.shape[3])
         tensors = list(self._model.parameters())
         server = self._servers.get(size)
         if server is None or server.source != tensors[0].device:
@@ -121,7 +121,7 @@ class _FastForward:
 
     def _learn(self, own: Any, found: AnomalyOutput, size: tuple[int, int]) -> list:
         """Remember what the model's results look like; pairs (found, own) of maps."""
-        if isinstance(own, tuple) and {"pred_score", "anomaly_map"} <= set(own._fields):
+        if {"pred_score", "anomaly_map"} <= set(getattr(own, "_fields", ())):
             self._shape = own._replace(pred_score=None, anomaly_map=None)  # 2.x
             return [(getattr(self._result(found, size), n), getattr(own, n)) for n in
                     ("pred_score", "anomaly_map")]  # fmt: skip
@@ -156,12 +156,13 @@ class _FastForward:
 
 
 @torch.no_grad()
-def _anomalib_detector(model: nn.Module, image_size: tuple[int, int]) -> EfficientAD:
+def _anomalib_detector(model: Any, image_size: tuple[int, int]) -> EfficientAD:
     """The detector of an EfficientAdModel; one without statistics or quantiles uses none."""
     settings = {"padding": model.teacher.conv1.padding != (0, 0), "pad_maps": model.pad_maps}
     tree = {"state_dict": lazy_tensors(model), "hyper_parameters": settings}
     with naming(type(model).__name__):
         contents = anomalib_contents(tree, False, image_size)
+        assert contents is not None  # it has the modules of one
         contents.statistics = contents.statistics or (torch.zeros(384), torch.ones(384))
         contents.quantiles = contents.quantiles or RAW_QUANTILES
         return build_detector(contents)

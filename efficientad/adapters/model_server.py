@@ -82,15 +82,21 @@ class Server:
 
     def detect(self, images: Tensor) -> AnomalyOutput:
         """(N, 3, H, W), as the detector takes them; results on the images' device, float32."""
-        with torch.autocast(self.predictor.device.type, enabled=False):
-            out = self.predictor.detect(images.detach())
+        predictor = self._serving()
+        with torch.autocast(predictor.device.type, enabled=False):
+            out = predictor.detect(images.detach())
         fields = (out.score, out.anomaly_map, out.map_st, out.map_ae)
         return AnomalyOutput(*(t.to(images.device) for t in fields))
+
+    def _serving(self) -> FastPredictor:
+        """The predictor; callers have seen that it serves."""
+        assert self.predictor is not None
+        return self.predictor
 
     def refuse_unless_equal(self, pairs: Sequence[tuple[Tensor, Tensor]], what: str) -> None:
         """Compare (found, expected) maps; past the bound this server serves no more."""
         most = worst(difference(found, expected).largest for found, expected in pairs)
-        bound = BOUNDS[self.predictor.dtype][0]
+        bound = BOUNDS[self._serving().dtype][0]
         if not most <= bound:  # true for NaN
             self.predictor = None
             warnings.warn(

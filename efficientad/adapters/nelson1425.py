@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from efficientad.adapters.model_server import RAW_QUANTILES, Server, lazy_tensors
 from efficientad.checkpoint.contents import Contents, build_detector
 from efficientad.checkpoint.foreign import network_of
-from efficientad.checkpoint.safe_pickle import CheckpointError, naming
+from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor, naming
 from efficientad.model.detector import EfficientAD
 
 _servers: weakref.WeakKeyDictionary[nn.Module, Server] = weakref.WeakKeyDictionary()
@@ -78,7 +78,7 @@ def _server(
 ) -> Server:
     """The student's server, kept up to date; a new one for another input size or other options."""
     tensors = [t for network in networks for t in network.parameters()] + list(statistics)
-    size = tuple(image.shape[-2:])
+    size = (image.shape[-2], image.shape[-1])
 
     def build() -> EfficientAD:
         return _detector(networks, statistics, size)
@@ -113,7 +113,8 @@ def _detector(
     networks: Sequence[nn.Module], statistics: Sequence[Tensor], image_size: tuple[int, int]
 ) -> EfficientAD:
     """The detector of his three networks; CheckpointError where one is none of his."""
-    weights, size = {}, None
+    weights: dict[str, LazyTensor] = {}
+    size = ""
     for role, module in zip(("teacher", "student", "autoencoder"), networks, strict=True):
         with naming(f"the {role} given"):
             network = network_of(lazy_tensors(module))
@@ -122,13 +123,14 @@ def _detector(
             raise CheckpointError(f"the {role} given is {found}; it must be nelson1425's {role}")
         weights |= {f"{role}.{name}": value for name, value in network.weights.items()}
         size = network.size or size
+    teacher, (mean, std) = networks[0], statistics
     contents = Contents(
         size,
         weights,
-        padding=networks[0][0].padding != (0, 0),
+        padding=next(teacher.children()).padding != (0, 0),
         border="nelson",
         image_size=image_size,
-        statistics=tuple(v.flatten() for v in statistics),
+        statistics=(mean.flatten(), std.flatten()),
         quantiles=RAW_QUANTILES,
         normalization=(torch.zeros(3), torch.ones(3)),  # the image comes normalised
     )

@@ -86,8 +86,10 @@ def anomalib_contents(
         if value is not None and math.prod(value.shape) != TEACHER_CHANNELS:
             raise CheckpointError(f"mean_std.{name} has shape {value.shape}; expected 384")
     found = {name: _scalar(tensors.get(f"{prefix}quantiles.{name}")) for name in QUANTILE_NAMES}
+    mean, std = (None if value is None else value.read().float() for value in values.values())
     statistics, quantiles = calibration(
-        *(None if value is None else value.read().float() for value in values.values()),
+        mean,
+        std,
         {name: value for name, value in found.items() if value is not None},
     )
     metadata = mapping(top.get("metadata"))
@@ -124,8 +126,9 @@ def _scalar(value: LazyTensor | None) -> float | None:
 
 def _resize_target(size: object, notes: list[str]) -> tuple[int, int]:
     """(height, width) of a Resize transform; one number is the shorter side in torchvision."""
-    numbers = list(size) if isinstance(size, list | tuple) else [size]
-    if len(numbers) not in (1, 2) or not all(type(n) is int for n in numbers):
+    found = list(size) if isinstance(size, list | tuple) else [size]
+    numbers = [n for n in found if type(n) is int]
+    if len(numbers) not in (1, 2) or len(numbers) < len(found):
         return 256, 256
     if len(numbers) == 1:
         notes.append(f"Resize({numbers[0]}) keeps the aspect ratio in anomalib; here it is square")

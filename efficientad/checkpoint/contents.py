@@ -150,6 +150,6 @@ def calibration(
             "or the teacher's two, or none"
         )
     return (
-        (mean, std) if has_mean else None,
+        (mean, std) if mean is not None and std is not None and has_mean else None,
         tuple(quantiles[name] for name in QUANTILE_NAMES) if has_st else None,
     )

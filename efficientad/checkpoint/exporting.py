@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +168,7 @@ def _write_onnx(model: _Wrapped, path: Path, size: tuple[int, int], facts: dict[
         output_names=["score", "anomaly_map"],
         dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)}},
     )
+    assert program is not None  # with dynamo it always is one
     program.model.metadata_props.update(facts)
     program.save(path, external_data=False)
 
@@ -258,7 +259,7 @@ def _require_compiler() -> None:
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Without the exporters' notes on packages and types that do not matter here."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
     before = [logger.level for logger in loggers]

@@ -42,7 +42,7 @@ class Network(NamedTuple):
     """One network of a file."""
 
     role: str  # "teacher", "student" or "autoencoder"
-    size: str | None  # "S" or "M"; None for the autoencoder
+    size: str  # "S" or "M"; of the autoencoder "", which is the same in both
     weights: dict[str, LazyTensor]  # named as in `model.networks`
 
 
@@ -78,7 +78,8 @@ def modules_of(node: object) -> Iterator[tuple[str, Placeholder]]:
 
 def find_objects(node: object) -> dict[str, Placeholder]:
     """Class name -> the first object of that class anywhere inside `node`, in file order."""
-    stack, seen, found = [node], set(), {}
+    stack, seen = [node], set()
+    found: dict[str, Placeholder] = {}
     while stack:
         item = stack.pop()
         if id(item) in seen:
@@ -112,9 +113,9 @@ def network_of(tensors: Mapping[str, LazyTensor]) -> Network | None:
     layers = tuple(sorted({name.rpartition(".")[0] for name in names}))
     if layers and all(layer.isascii() and layer.isdigit() for layer in layers):
         indices = tuple(sorted(map(int, layers)))
-        by_index = {
-            _PDN_INDICES[size]: [f"conv{i + 1}" for i in range(len(_PDN_INDICES[size]))]
-            for size in "SM"
+        by_index: dict[tuple[int, ...], tuple[str, ...]] = {
+            places: tuple(f"conv{i}" for i in range(1, len(places) + 1))
+            for places in _PDN_INDICES.values()
         }
         by_index |= dict.fromkeys(_AUTOENCODER_INDICES, _AUTOENCODER_NAMES)
         if indices not in by_index:
@@ -125,11 +126,11 @@ def network_of(tensors: Mapping[str, LazyTensor]) -> Network | None:
         new = dict(zip(map(str, indices), by_index[indices], strict=True))
         names = {f"{new[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in names.items()}
     if "encoder.enconv1.weight" in names:
-        role, size = "autoencoder", None
+        role, size = "autoencoder", ""
     elif "conv4.weight" in names:
         size = "M" if "conv6.weight" in names else "S"
-        width = names[f"conv{6 if size == 'M' else 4}.weight"].shape[:1]
-        role = {(384,): "teacher", (768,): "student"}.get(tuple(width), "")
+        width = tuple(names[f"conv{6 if size == 'M' else 4}.weight"].shape[:1])
+        role = "teacher" if width == (384,) else "student" if width == (768,) else ""
         if not role:
             raise CheckpointError(
                 f"holds a PDN-{size} of width {width}; a teacher has 384, a student 768"
@@ -178,7 +179,7 @@ def nelson_folder(folder: Path) -> Contents:
             networks[role], tree = read_network(path, role)
             _check_nelson_layers(tree, role)
     size, weights = _combine(networks)
-    provenance = {
+    provenance: dict[str, object] = {
         "source": "nelson1425/EfficientAD",
         "file": folder.name,
         "licence": "code and teacher weights: Apache-2.0 (repository); training data: yours",
@@ -199,7 +200,7 @@ def _check_nelson_layers(tree: object, role: str) -> None:
         raise CheckpointError(
             "is a padded PDN; nelson1425's trainings and his map rule are unpadded"
         )
-    sizes = tuple(sorted(a.get("size") for kind, a in layers if kind == "Upsample"))
+    sizes = tuple(sorted(a["size"] for kind, a in layers if kind == "Upsample"))
     if role == "autoencoder" and sizes and sizes != tuple(sorted(decoder_sizes(256))):
         raise CheckpointError(
             f"resizes to {sizes}; nelson1425's autoencoder to {decoder_sizes(256)}"
@@ -246,11 +247,15 @@ def rximg_folder(folder: Path, category: str | None, teacher: Path | None) -> Co
                 raise CheckpointError("holds no dict of quantiles and statistics")
             names = (*QUANTILE_NAMES, "mean", "std")
             values = {name: numpy_value(node[name]) for name in names if name in node}
+        mean, std = (
+            torch.tensor(values[k]).float() if k in values else None for k in ("mean", "std")
+        )
         statistics, quantiles = calibration(
-            *(torch.tensor(values[k]).float() if k in values else None for k in ("mean", "std")),
+            mean,
+            std,
             {name: float(values[name].item()) for name in QUANTILE_NAMES if name in values},
         )
-    provenance = {
+    provenance: dict[str, object] = {
         "source": "rximg/EfficientAD",
         "file": f"{folder.name}/{category}" if category else folder.name,
         "licence": "not stated in the files; see the repository",

@@ -82,9 +82,10 @@ def convert(
         else:
             _only("rximg", category=category, teacher=teacher)
             tree = _read(path)
-            contents = anomalib_contents(tree, double_normalization, image_size)
-            if contents is None:
+            found = anomalib_contents(tree, double_normalization, image_size)
+            if found is None:
                 raise _not_a_detector(path, network_of(tensors_of(tree)))
+            contents = found
             contents.provenance["file"] = path.name
         return build_detector(contents)
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -128,7 +129,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, str], dict[str, LazyTensor]]
         tensors = {}
         for name in file.keys():
             shape = tuple(file.get_slice(name).get_shape())
-            tensors[name] = LazyTensor(shape, lambda name=name: file.get_tensor(name))
+            tensors[name] = LazyTensor(shape, partial(file.get_tensor, name))
         return file.metadata() or {}, tensors
 
 
@@ -149,7 +150,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -13,8 +13,9 @@ import math
 import os
 import pickle
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,16 +114,20 @@ class Placeholder:
 
     __slots__ = ("args", "entries", "mapping", "state")
     origin = ""
+    args: tuple[Any, ...]
+    state: Any
+    entries: list[Any] | None
+    mapping: dict[Any, Any] | None
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
         self = object.__new__(cls)
         self.args, self.state, self.entries, self.mapping = args, None, None, None
         return self
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __call__(self, *args, **kwargs) -> Placeholder:
+    def __call__(self, *args: Any, **kwargs: Any) -> Placeholder:
         return Placeholder(self, *args)
 
     def __setstate__(self, state: object) -> None:
@@ -135,7 +140,7 @@ class Placeholder:
     def append(self, value: object) -> None:
         self.extend((value,))
 
-    def extend(self, values) -> None:
+    def extend(self, values: Iterable[object]) -> None:
         self.entries = [] if self.entries is None else self.entries
         self.entries.extend(values)
 
@@ -253,7 +258,7 @@ class _Unpickler(pickle.Unpickler):
             self._names[module, name] = type("Placeholder", (Placeholder,), fields)
         return self._names[module, name]
 
-    def persistent_load(self, pid: object) -> object:
+    def persistent_load(self, pid: Any) -> object:
         return self._storage(pid)
 
 
@@ -272,7 +277,9 @@ def unpickle(data: bytes, storage: Callable[[tuple], object] | None = None) -> o
             raise pickle.UnpicklingError(f"a pickle of more than {MAX_PICKLE_OPCODES} steps")
         if opcode.name in _FORBIDDEN_OPCODES:
             raise pickle.UnpicklingError(f"opcode {opcode.name}, which no model file needs")
-        if opcode.name.endswith("PUT") and not 0 <= arg <= MAX_PICKLE_OPCODES:
+        if arg is None or not opcode.name.endswith("PUT"):
+            continue
+        if not 0 <= arg <= MAX_PICKLE_OPCODES:
             raise pickle.UnpicklingError(f"memo entry {arg}")
 
     def no_storage(pid: object) -> Storage:

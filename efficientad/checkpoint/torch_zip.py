@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,6 +123,8 @@ def read_npy_object(path: str | os.PathLike) -> object:
         if not re.search(rb"'descr': '\|O'.*'shape': \(\)", data[start:end]):
             raise CheckpointError("holds an array; expected one pickled dict")
         array = unpickle(data[end:])
+        if not isinstance(array, Placeholder):
+            raise CheckpointError("holds no pickled array; expected one pickled dict")
         *_version_shape_type_order, values = array.state  # of an object array
         (value,) = values
         return value
@@ -135,14 +138,17 @@ def numpy_value(node: object) -> np.ndarray:
     """
     if isinstance(node, float):
         return np.array(node)
-    origin, shape, kind, data = "", (), None, b""
+    origin, fortran = "", False
+    shape: Any = ()
+    kind: Any = None
+    data: Any = b""
     if isinstance(node, Placeholder):
         origin = node.origin.rpartition(".")[2]
-    if origin == "scalar" and len(node.args) == 2:
-        kind, data = node.args
-    elif origin == "_reconstruct" and isinstance(node.state, tuple) and len(node.state) == 5:
-        _version, shape, kind, fortran, data = node.state
-        shape = shape[::-1] if fortran else shape
+        if origin == "scalar" and len(node.args) == 2:
+            kind, data = node.args
+        elif origin == "_reconstruct" and isinstance(node.state, tuple) and len(node.state) == 5:
+            _version, shape, kind, fortran, data = node.state
+            shape = shape[::-1] if fortran else shape
     name = kind.args[0] if isinstance(kind, Placeholder) and kind.args else None
     if name not in ("f2", "f4", "f8") or not isinstance(data, bytes):
         raise CheckpointError(
@@ -152,4 +158,4 @@ def numpy_value(node: object) -> np.ndarray:
     if math.prod(shape) * int(name[1]) != len(data):
         raise CheckpointError(f"an array of shape {tuple(shape)} of {name} in {len(data)} bytes")
     value = np.frombuffer(data, order + name).reshape(shape).astype(np.float64)
-    return value.T if origin == "_reconstruct" and node.state[3] else value
+    return value.T if fortran else value

@@ -79,8 +79,9 @@ class KernelBackend:
     def pack(self, image: Tensor, packed: Tensor, *, channels_last: bool) -> None:
         """Normalise uint8 or float images into `packed` (N, H + 2 border, W + 2 border, 4)."""
         mean, std = self.weights.image_mean, self.weights.image_std
-        options = {"channels_last": channels_last, "border": self.border, "out": packed}
-        self._kernels.pack(image, mean, std, **options)
+        self._kernels.pack(
+            image, mean, std, channels_last=channels_last, border=self.border, out=packed
+        )
 
     def distance_maps(self, packed: Tensor) -> Maps:
         """Packed images -> partial maps (P, N, h, w); the autoencoder on a stream of its own."""
@@ -142,10 +143,11 @@ class Fp8Backend(KernelBackend):
 
         The operations of `efficientad.ops.reference` on the same fp8 operands.
         """
-        weights, options = self.weights, {"channels_last": False, "border": self.border}
+        weights = self.weights
         packed = reference.pack(
-            image, weights.image_mean, weights.image_std, dtype=self.dtype, **options
-        )
+            image, weights.image_mean, weights.image_std,
+            channels_last=False, border=self.border, dtype=self.dtype,
+        )  # fmt: skip
         with full_float32(), torch.autocast(self.device.type, enabled=False):
             maps = forward(self.plan, weights, packed, reference)
         size = self.plan.image_size
@@ -182,8 +184,10 @@ class TorchBackend:
     @torch.no_grad()
     def pack(self, image: Tensor, packed: Tensor, *, channels_last: bool) -> None:
         """Normalise uint8 or float images into `packed` (N, H, W, 3)."""
-        options = {"channels_last": channels_last, "dtype": self._mean.dtype}
-        packed.copy_(reference.pack(image, self._mean, self._std, **options)[..., :3])
+        whole = reference.pack(
+            image, self._mean, self._std, channels_last=channels_last, dtype=self._mean.dtype
+        )
+        packed.copy_(whole[..., :3])
 
     @torch.no_grad()
     def distance_maps(self, packed: Tensor) -> Maps:

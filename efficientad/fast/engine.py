@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientad.fast.backends import TorchBackend
+from efficientad.fast.backends import Backend, TorchBackend
 from efficientad.fast.fp8 import build_fp8
 from efficientad.fast.frame_inputs import Frame
 from efficientad.fast.runners import EagerRunner, GraphRunner, Result, Staging
 from efficientad.fast.self_check import build_backend
+from efficientad.model.calibration import GoodImages
 from efficientad.model.detector import EfficientAD
 from efficientad.ops import frame_path
-from efficientad.utils.devices import FP8
 
 Size = tuple[int, int]
 
@@ -58,7 +58,7 @@ class Engine:
         batch_sizes: tuple[int, ...],
         *,
         kind: str = "auto",
-        calibration: object = None,
+        calibration: GoodImages | None = None,
         fp8_layers: str = "second",
         torch_backend: type[TorchBackend] = TorchBackend,
     ) -> None:
@@ -70,22 +70,29 @@ class Engine:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._wait_for_caller()
         with self.on_device(), torch.no_grad():
-            self.reason, self.fp8 = None, None
-            if dtype == FP8:
-                arguments = (detector, calibration, fp8_layers, device, batch_sizes)
-                self.backend, detector, self.fp8 = build_fp8(*arguments)
+            self.backend: Backend
+            self.reason: str | None = None
+            self.fp8: dict[str, object] | None = None
+            if calibration is not None:
+                self.backend, detector, self.fp8 = build_fp8(
+                    detector, calibration, fp8_layers, device, batch_sizes
+                )
             else:
-                arguments = (detector, dtype, device, kind, batch_sizes, torch_backend)
-                self.backend, self.reason = build_backend(*arguments)
+                self.backend, self.reason = build_backend(
+                    detector, dtype, device, kind, batch_sizes, torch_backend
+                )
             self.threshold = detector.threshold
             self.normalization = _normalization(detector)
             largest = batch_sizes[-1]
-            arguments = (self.backend, self.image_size, self.map_padding)
+            self.runner: EagerRunner
+            self.staging: Staging | None = None
             if self.stream is None:
-                self.runner, self.staging = EagerRunner(*arguments, largest), None
+                self.runner = EagerRunner(self.backend, self.image_size, self.map_padding, largest)
             else:
-                self.runner = GraphRunner(*arguments, batch_sizes, self.stream)
-                self.staging = Staging(self.runner.packed(largest), self.runner.frames(largest))
+                self.runner = graphs = GraphRunner(
+                    self.backend, self.image_size, self.map_padding, batch_sizes, self.stream
+                )
+                self.staging = Staging(graphs.packed(largest), graphs.frames(largest))
                 self._compile_map_sizes()
 
     def reload(self, detector: EfficientAD) -> None:
@@ -119,7 +126,8 @@ class Engine:
     def step(self, inputs: Sequence[Any]) -> Iterator[Callable[..., None]]:
         """One step at a time, on the engine's device and stream, ordered behind the caller's
         work on device inputs. Yields a function that hands the results to the caller's stream."""
-        if self.stream is None:
+        stream = self.stream
+        if stream is None:
             with self.lock:
                 yield lambda *results: None
             return
@@ -127,12 +135,12 @@ class Engine:
         on_device = [v for v in inputs if isinstance(v, Tensor) and v.is_cuda]
         with self.lock, self.on_device():
             if on_device:
-                self.stream.wait_stream(caller)
+                stream.wait_stream(caller)
             for value in on_device:
-                value.record_stream(self.stream)
+                value.record_stream(stream)
 
             def hand_over(*results: Any) -> None:
-                caller.wait_stream(self.stream)
+                caller.wait_stream(stream)
                 for value in results:
                     for tensor in value if isinstance(value, list) else [value]:
                         if tensor is not None:
@@ -152,7 +160,7 @@ class Engine:
         for bucket, images in self._chunks(len(frames)):
             chunk = frames[at : at + images]
             result = self._run(chunk, bucket)
-            score, some = self._take(result, [tuple(f.shape[:2]) for f in chunk], map_size)
+            score, some = self._take(result, [(f.shape[0], f.shape[1]) for f in chunk], map_size)
             scores.append(score)
             maps.extend(some)
             at += images
@@ -200,6 +208,7 @@ class Engine:
     def _run(self, frames: Sequence[Frame], bucket: int) -> Result:
         """Fill the input of a bucket and run it."""
         if self.staging is not None:
+            assert isinstance(self.runner, GraphRunner)  # they are made together
             own_size = all(tuple(f.shape[:2]) == self.image_size for f in frames)
             fill = self.staging.fill_frames if own_size else self.staging.fill_packed
             fill(frames, *self.normalization, self.backend.border)
@@ -224,12 +233,13 @@ class Engine:
         if map_size == "input":
             maps.append(result.anomaly_map[:images].clone())
         if map_size == "feature":
-            whole = self.backend.anomaly_map(result.maps, tuple(result.maps[0].shape[-2:]), 0, None)
+            height, width = result.maps[0].shape[-2:]
+            whole = self.backend.anomaly_map(result.maps, (height, width), 0, None)
             maps.append(whole[0][:images].float())
         if map_size == "source" or self.score_size == "source":
             for i, size in enumerate(sizes):
-                one = tuple(_own_copy(m[..., i : i + 1, :, :]) for m in result.maps)
-                own, best = self.backend.anomaly_map(one, size, self.map_padding, None)
+                st, ae = (_own_copy(m[..., i : i + 1, :, :]) for m in result.maps)
+                own, best = self.backend.anomaly_map((st, ae), size, self.map_padding, None)
                 if map_size == "source":
                     maps.append(own.float())
                 if self.score_size == "source":

@@ -9,6 +9,8 @@ missing the large convolutions still take fewer multiplications (`ops/differenti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,8 @@ class FoldedNetwork(nn.Module):
         device: of the weights; None is the detector's.
     """
 
+    deconv8_weight: Tensor
+
     def __init__(
         self,
         detector: EfficientAD,
@@ -58,7 +62,7 @@ class FoldedNetwork(nn.Module):
 
     def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | None:
         """The network in compiled convolutions, where they compute in its dtype."""
-        if not is_compiled(self.st_weight.dtype, self.st_weight.device):
+        if not is_compiled(self.deconv8_weight.dtype, self.deconv8_weight.device):
             return None
         tensors = {name: value.cpu() for name, value in tensors.items()}
         return NativeNetwork(tensors, self.size, self.padding)
@@ -160,7 +164,7 @@ class NativeNetwork:
             return Layer(tensors[f"{name}_weight"], tensors.get(f"{name}_bias"), **options)
 
         self._padding = padding
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "padding": row.padding if padding else 0,
                 "relu": row.relu,
@@ -169,11 +173,11 @@ class NativeNetwork:
             }
             for row in PDN_LAYERS[size][:-1]
         ]
-        first = (
+        weight, bias = (
             torch.cat([tensors[f"{name}1_{part}"] for name in ("teacher", "student")])
             for part in ("weight", "bias")
         )
-        self._first = Layer(*first, **rows[0])
+        self._first = Layer(weight, bias, **rows[0])
         self._pairs = [
             [layer(f"{name}{i}", **options) for name in ("teacher", "student")]
             for i, options in enumerate(rows[1:], start=2)

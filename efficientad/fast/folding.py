@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN_LAYERS
@@ -118,14 +118,14 @@ def fold(
         quarter = 0.25 if row.pool and i > 1 else 1.0
         weights = [filters(weight * quarter, 4 if i == 1 else 0) for weight, _ in pair]
         trunk.append((consecutive(weights), consecutive([vector(b * quarter) for _, b in pair])))
-    *last, bias = exact_last(detector)
+    teacher, student, autoencoder, bias = exact_last(detector)
     return FoldedWeights(
         image_mean=vector(detector.image_mean),
         image_std=vector(detector.image_std),
         trunk=trunk,
         encoder=[layer(f"enconv{i}", 4 if i == 1 else 0) for i in range(1, 7)],
         decoder=[layer(f"deconv{i}") for i in range(1, 8)],
-        last=(*map(filters, last), vector(bias)),
+        last=(filters(teacher), filters(student), filters(autoencoder), vector(bias)),
         affine=vector(detector.affine),
         trunk_scales=[None] * len(trunk),
     )
@@ -137,14 +137,14 @@ def exact_layers(detector: EfficientAD) -> dict[str, Layer]:
 
     By name: "teacher1", "student1" and on per PDN layer, "enconv1" to 6, "deconv1" to 7.
     """
-    convs = {}
+    convs: dict[str, nn.Conv2d] = {}
     for name, network in (("teacher", detector.teacher), ("student", detector.student)):
         inner = enumerate(network.layers()[:-1], start=1)
         convs |= {f"{name}{i}": conv for i, (conv, _) in inner}
     encoder, decoder = detector.autoencoder.encoder, detector.autoencoder.decoder
     convs |= {f"enconv{i}": getattr(encoder, f"enconv{i}") for i in range(1, 7)}
     convs |= {f"deconv{i}": getattr(decoder, f"deconv{i}") for i in range(1, 8)}
-    return {name: (conv.weight.double(), conv.bias.double()) for name, conv in convs.items()}
+    return {name: (conv.weight.double(), bias_of(conv).double()) for name, conv in convs.items()}
 
 
 @torch.no_grad()
@@ -157,13 +157,19 @@ def exact_last(detector: EfficientAD) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     teacher, student = detector.teacher.last, detector.student.last
     autoencoder = detector.autoencoder.decoder.deconv8
     mean, std = (v.double().flatten() for v in (detector.teacher_mean, detector.teacher_std))
-    own_bias = torch.cat([(teacher.bias.double() - mean) / std, autoencoder.bias.double()])
+    own_bias = torch.cat([(bias_of(teacher).double() - mean) / std, bias_of(autoencoder).double()])
     return (
         teacher.weight.double() / std[:, None, None, None],
         -student.weight.double(),
         autoencoder.weight.double(),
-        own_bias - student.bias.double(),
+        own_bias - bias_of(student).double(),
     )
+
+
+def bias_of(conv: nn.Conv2d) -> Tensor:
+    """Every convolution of these networks has a bias."""
+    assert conv.bias is not None
+    return conv.bias
 
 
 def consecutive(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:

@@ -26,6 +26,7 @@ from efficientad.fast.fused_network import Plan, forward
 from efficientad.fast.self_check import self_check
 from efficientad.model.calibration import (
     FALSE_POSITIVE_RATE,
+    GoodImages,
     MapFile,
     set_quantiles_from_maps,
     split_good_images,
@@ -84,7 +85,7 @@ class Fp8Check:
 
 def build_fp8(
     detector: EfficientAD,
-    calibration: object,
+    calibration: GoodImages,
     layers: str,
     device: torch.device,
     buckets: Sequence[int],
@@ -153,7 +154,7 @@ def check_calibration(dtype: torch.dtype, calibration: object) -> None:
         )
 
 
-def _good_images(calibration: object) -> list[Path]:
+def _good_images(calibration: GoodImages) -> list[Path]:
     paths = split_good_images(calibration, statistics=False)[1]
     if len(paths) < FEWEST_IMAGES:
         raise ValueError(
@@ -183,11 +184,13 @@ def _float32_maps(
             largest[i] = torch.maximum(largest[i], torch.stack([t.amax() for t in result]))
         return result
 
-    options = {"channels_last": False, "border": plan.border, "dtype": torch.float32}
     source_sizes: list[tuple[int, int]] = []
     for batch in batches:
         image = batch.images.to(device)
-        packed = reference.pack(image, weights.image_mean, weights.image_std, **options)
+        packed = reference.pack(
+            image, weights.image_mean, weights.image_std,
+            channels_last=False, border=plan.border, dtype=torch.float32,
+        )  # fmt: skip
         with full_float32(), torch.autocast(device.type, enabled=False):
             found = forward(plan, weights, packed, reference, run)
         maps.add(*(m.sum(0) for m in found))
@@ -258,12 +261,14 @@ def _map_error(exact: EfficientAD, maps: MapFile, own: EfficientAD, fp8_maps: Ma
     """`Fp8Check.map_error`."""
     errors: list[float] = []
     for chunk, fp8_chunk in zip(maps.chunks(), fp8_maps.chunks(), strict=True):
-        expected, found = (
-            reference.anomaly_map(*c.unbind(1), d.affine.cpu(), c.shape[2:], padding=0)[0].flatten(
-                1
-            )
-            for d, c in ((exact, chunk), (own, fp8_chunk))
-        )
+        expected, found = _cell_map(exact, chunk), _cell_map(own, fp8_chunk)
         rms = (found - expected).square().mean(1).sqrt()
         errors += (rms / expected.std(1)).tolist()
     return float(np.median(errors))
+
+
+def _cell_map(detector: EfficientAD, chunk: Tensor) -> Tensor:
+    """Distance maps (N, 2, h, w) -> the detector's anomaly map of the cells, (N, h * w)."""
+    map_st, map_ae = chunk.unbind(1)
+    size, affine = (chunk.shape[2], chunk.shape[3]), detector.affine.cpu()
+    return reference.anomaly_map(map_st, map_ae, affine, size, padding=0)[0].flatten(1)

@@ -19,7 +19,7 @@ class FramePredictor(Protocol):
     """What streams and tiles need of `predictor.FastPredictor`; see its attributes."""
 
     device: torch.device
-    batch_sizes: Sequence[int]
+    batch_sizes: tuple[int, ...]
     image_size: tuple[int, int]
     padding: bool
     map_padding: int

@@ -117,12 +117,14 @@ def autoencoder(plan: Plan, weights: FoldedWeights, packed: Tensor, operations, 
         layers = (*weights.encoder[5], *weights.decoder[0])
         y = run("bottleneck", operations.bottleneck, y, *layers)
     else:
-        options = {"stride": 1, "padding": 0, "relu": False}
-        y = run("encoder6", operations.strided_conv_relu, y, *weights.encoder[5], **options)
+        y = run(
+            "encoder6", operations.strided_conv_relu, y, *weights.encoder[5],
+            stride=1, padding=0, relu=False,
+        )  # fmt: skip
         size = plan.decoder_sizes[0]
         y = run("decoder1", operations.resize_conv_relu, y, *weights.decoder[0], size)
     for i in range(2, 8):
-        options = {"padding": 2 if i < 7 else 1}
+        options: dict[str, Any] = {"padding": 2 if i < 7 else 1}
         if i == 6:
             options |= {"rows": plan.needed[0], "cols": plan.needed[1]}
         size, layer = plan.decoder_sizes[i - 1], weights.decoder[i - 1]

@@ -17,6 +17,7 @@ from efficientad.fast.frame_inputs import Frame, as_batch, read_frames
 from efficientad.fast.options import choose_buckets, choose_dtype
 from efficientad.fast.streaming import stream
 from efficientad.fast.tiling import DEFAULT_OVERLAP, predict_large
+from efficientad.model.calibration import GoodImages
 from efficientad.model.detector import AnomalyOutput, EfficientAD, check_detector, check_threshold
 from efficientad.results.prediction import Prediction, check_map_size
 from efficientad.utils.devices import choose_device
@@ -82,7 +83,7 @@ class FastPredictor:
         batch_sizes: Sequence[int] | None = None,
         map_size: str | None = "input",
         backend: str = "auto",
-        calibration: object = None,
+        calibration: GoodImages | None = None,
         fp8_layers: str = "second",
     ) -> None:
         start = time.perf_counter()
@@ -99,10 +100,12 @@ class FastPredictor:
         self.image_size = detector.image_size
         self.map_padding = detector.map_padding
         self.score_size = detector.score_size
-        self._frames, self._not_numbers = 0, set()
-        options = {"kind": backend, "calibration": calibration, "fp8_layers": fp8_layers}
-        options["torch_backend"] = self.torch_backend
-        self.engine = Engine(detector, self.device, self.dtype, self.batch_sizes, **options)
+        self._frames = 0
+        self._not_numbers: set[int] = set()
+        self.engine = Engine(
+            detector, self.device, self.dtype, self.batch_sizes, kind=backend,
+            calibration=calibration, fp8_layers=fp8_layers, torch_backend=self.torch_backend,
+        )  # fmt: skip
         self.facts = {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -150,7 +153,7 @@ class FastPredictor:
             score, anomaly_map = self.engine.score_frames(frames, map_size)
             hand_over(score, anomaly_map)
             serial = self._serial(len(frames), score)
-        numbers = {"serial": serial, "not_numbers": self._not_numbers}
+        numbers: dict[str, Any] = {"serial": serial, "not_numbers": self._not_numbers}
         if batched:
             index = range(len(frames))
             return Prediction(index, score, self.threshold, anomaly_map, sizes, frames, **numbers)
@@ -216,9 +219,10 @@ class FastPredictor:
         if not detector.calibrated:
             detector.raise_uncalibrated()
         rule = ("size, padding", "image_size", "map_padding", "score_size")
-        theirs = ((detector.size, detector.padding), detector.image_size)
-        theirs += (detector.map_padding, detector.score_size)
-        mine = ((self.size, self.padding), self.image_size, self.map_padding, self.score_size)
+        mine, theirs = (
+            ((d.size, d.padding), d.image_size, d.map_padding, d.score_size)
+            for d in (self, detector)
+        )
         for name, a, b in zip(rule, mine, theirs, strict=True):
             if a != b:
                 raise ValueError(

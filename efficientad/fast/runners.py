@@ -91,9 +91,11 @@ class GraphRunner(EagerRunner):
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Result]] = {}
         for bucket in reversed(buckets):  # the largest batch sizes every buffer
-            result = self._allocate(bucket)
+            anomaly_map, score, joined = self._allocate(bucket)
             for from_frames in (False, True):
-                self._captured[bucket, from_frames] = self._capture(result, from_frames)
+                graph, maps = self._capture((anomaly_map, score), from_frames)
+                result = Result(maps, anomaly_map, score, joined)
+                self._captured[bucket, from_frames] = graph, result
 
     def frames(self, bucket: int) -> Tensor:
         """The input buffer for frames of the network's size: uint8 (bucket, H, W, 3)."""
@@ -105,34 +107,36 @@ class GraphRunner(EagerRunner):
         graph.replay()
         return result
 
-    def _allocate(self, bucket: int) -> Result:
-        """Output buffers of one bucket: the scores and, behind them, the maps."""
+    def _allocate(self, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Output buffers of one bucket: maps, scores, and both as one, the scores in front."""
         scores = -(-bucket // _SCORES_ALIGNED) * _SCORES_ALIGNED
         height, width = self.image_size
         joined = torch.zeros(scores + bucket * height * width, device=self.backend.device)
         anomaly_map = joined[scores:].view(bucket, height, width)
-        return Result((), anomaly_map, joined[:bucket], joined)
+        return anomaly_map, joined[:bucket], joined
 
-    def _step(self, result: Result, from_frames: bool) -> Maps:
-        bucket = len(result.score)
+    def _step(self, out: tuple[Tensor, Tensor], from_frames: bool) -> Maps:
+        """Fill these maps and scores, and give the distance maps."""
+        bucket = len(out[1])
         packed = self.packed(bucket)
         if from_frames:
             self.backend.pack(self.frames(bucket), packed, channels_last=True)
         maps = self.backend.distance_maps(packed)
-        out = (result.anomaly_map, result.score)
         self.backend.anomaly_map(maps, self.image_size, self.map_padding, out)
         return maps
 
-    def _capture(self, result: Result, from_frames: bool) -> tuple[torch.cuda.CUDAGraph, Result]:
+    def _capture(
+        self, out: tuple[Tensor, Tensor], from_frames: bool
+    ) -> tuple[torch.cuda.CUDAGraph, Maps]:
         for _ in range(2):  # compiles, loads modules and chooses algorithms outside the capture
-            self._step(result, from_frames)
+            self._step(out, from_frames)
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # The pool is shared: the graphs never run at once, and what one leaves in its maps is read
         # before another runs.
         with captured(graph, self._stream, self._pool):
-            maps = self._step(result, from_frames)
-        return graph, result._replace(maps=maps)
+            maps = self._step(out, from_frames)
+        return graph, maps
 
 
 class _Slot:
@@ -157,7 +161,7 @@ class Staging:
         self._packed, self._frames = packed, frames
         self._slots = cycle([_Slot(packed, frames) for _ in range(slots)])
 
-    def fill_frames(self, frames: Sequence[Frame], *_normalization) -> None:
+    def fill_frames(self, frames: Sequence[Frame], *_normalization: object) -> None:
         """Frames of the network's size: uint8, packed later by the graph."""
         slot = next(self._slots)
         slot.sent.synchronize()
@@ -168,15 +172,19 @@ class Staging:
                 np.copyto(slot.frames[i].numpy(), frame)
         self._send(slot, slot.frames, self._frames, frames)
 
-    def fill_packed(self, frames: Sequence[Frame], mean, std, border: int) -> None:
+    def fill_packed(
+        self, frames: Sequence[Frame], mean: list[float], std: list[float], border: int
+    ) -> None:
         """Frames of any size: resized, normalised and packed, each where it lies."""
         slot = next(self._slots)
         slot.sent.synchronize()
         height, width = (length - 2 * border for length in self._packed.shape[1:3])
-        options = {"border": border, "channels": self._packed.shape[3], "dtype": self._packed.dtype}
         for i, frame in enumerate(frames):
             place = self._packed[i] if isinstance(frame, Tensor) else slot.packed[i]
-            frame_path.resize_pack(frame, (height, width), mean, std, **options, out=place)
+            frame_path.resize_pack(
+                frame, (height, width), mean, std, border=border,
+                channels=self._packed.shape[3], dtype=self._packed.dtype, out=place,
+            )  # fmt: skip
         self._send(slot, slot.packed, self._packed, frames)
 
     def _send(self, slot: _Slot, source: Tensor, target: Tensor, frames: Sequence[Frame]) -> None:

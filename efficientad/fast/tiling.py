@@ -194,7 +194,7 @@ def predict_large(
         )
         for cut, one, ((_, rows), (_, cols)) in zip(cuts, result.anomaly_map, places, strict=True):
             blended[cut].addcmul_(one, rows[:, None] * cols)
-        broken |= result.score.isnan().any()
+        broken |= torch.isnan(torch.as_tensor(result.score)).any()
         del result  # before the next tiles' maps
     score = blended.amax().masked_fill(broken, torch.nan)
     return Prediction(0, score, predictor.threshold, blended, size, frame)

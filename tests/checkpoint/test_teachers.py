@@ -126,11 +126,11 @@ def test_the_commands_errors_come_before_the_work(photos, trunk, tmp_path):
         ([tmp_path / "none", *good, "--out", out], FileNotFoundError, "no such file or folder"),
         ([*few, "--backbone", tmp_path / "b", "--out", out], FileNotFoundError, "no such backbone"),
         ([*few, *good, "--out", tmp_path / "no" / "t"], FileNotFoundError, "is not a folder"),
-        ([*few, *good, "--out", tmp_path], ValueError, "is a folder; name a file"),
+        ([*few, *good, "--out", tmp_path], ValueError, "a folder; it must name a file"),
         ([*few, *good, "--out", out, "--state", out], ValueError, "they are two files"),
         ([*few, *good, "--out", out, "--crop", 35], ValueError, "crop is 35"),
-        ([*few, *good, "--out", out, "--every", 0], ValueError, "--every must be at least 1"),
-        ([*few, *good[:2], "--out", out, "--device", "no"], ValueError, "--device is 'no'"),
+        ([*few, *good, "--out", out, "--every", 0], ValueError, "--every is 0; it must be an int"),
+        ([*few, *good[:2], "--out", out, "--device", "no"], ValueError, "device is 'no'"),
     ]
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
