@@ -202,8 +202,8 @@ def _figures(
         if dataset.saturation:
             for limit, area in saturated_pro(pixels)["mean"].items():
                 figures[f"AU-sPRO, FPR {limit:g}"] = area
-        for part in rest:
-            first.merge(part)
+        for other in rest:
+            first.merge(other)
         pixel = first.compute()
         figures["pixel AU-ROC"] = pixel.au_roc
         figures["pixel F1-max"] = pixel.f1_max

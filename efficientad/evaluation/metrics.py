@@ -63,23 +63,27 @@ def image_metrics(labels: Sequence[int] | np.ndarray, scores: Sequence[float]) -
     anomalous. Average precision is the step-wise sum of scikit-learn, sum (R_n - R_(n-1)) P_n over
     distinct scores. ValueError for shapes that differ, other labels and NaN scores.
     """
-    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    if labels.ndim != 1 or labels.shape != scores.shape:
+    truth, numbers = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if truth.ndim != 1 or truth.shape != numbers.shape:
         raise ValueError(
-            f"labels and scores must be 1-D and of equal length, got {labels.shape}, {scores.shape}"
+            f"labels and scores must be 1-D and of equal length, got {truth.shape}, {numbers.shape}"
         )
-    if labels.size and not np.isin(labels, (0, 1)).all():
+    if truth.size and not np.isin(truth, (0, 1)).all():
         raise ValueError("labels must be 0 (normal) or 1 (anomalous)")
-    if np.isnan(scores).any():
-        raise ValueError(f"scores must not be NaN, got {int(np.isnan(scores).sum())} of them")
-    values, inverse = np.unique(scores, return_inverse=True)
-    anomalous = labels.astype(bool)
+    if np.isnan(numbers).any():
+        raise ValueError(f"scores must not be NaN, got {int(np.isnan(numbers).sum())} of them")
+    values, inverse = np.unique(numbers, return_inverse=True)
+    anomalous = truth.astype(bool)
     positives = np.bincount(inverse[anomalous], minlength=values.size)[::-1]
     negatives = np.bincount(inverse[~anomalous], minlength=values.size)[::-1]
-    *figures, best = _ranking(negatives, positives)
-    threshold = None if best is None else _gap_middle(values[::-1], best)
+    au_roc, average_precision, f1_max, best = _ranking(negatives, positives)
     return ImageMetrics(
-        *figures, threshold, normal=int((~anomalous).sum()), anomalous=int(anomalous.sum())
+        au_roc,
+        average_precision,
+        f1_max,
+        f1_threshold=None if best is None else _gap_middle(values[::-1], best),
+        normal=int((~anomalous).sum()),
+        anomalous=int(anomalous.sum()),
     )
 
 
@@ -213,10 +217,12 @@ class PixelMetrics:
         if self.regions and normal.any():
             x, y = _pro_curve(normal, overlap, self.regions)
             au_pro = {limit: partial_area(x, y, limit) for limit in limits}
-        *figures, best = _ranking(normal, hit)
+        au_roc, average_precision, f1_max, best = _ranking(normal, hit)
         edge = None if best is None else float(np.nextafter(values[best], np.float32(-np.inf)))
         return PixelResult(
-            *figures,
+            au_roc,
+            average_precision,
+            f1_max,
             edge,
             au_pro=au_pro,
             normal_pixels=int(normal.sum()),
@@ -273,6 +279,6 @@ def saturated_pro(
     mean: dict[float, float | None] = {}
     for limit in limits:
         areas = [result[name][limit] for name in result]
-        known = areas and all(area is not None for area in areas)
-        mean[limit] = float(np.mean(areas)) if known else None
+        known = [area for area in areas if area is not None]
+        mean[limit] = float(np.mean(known)) if known and len(known) == len(areas) else None
     return result | {"mean": mean}
