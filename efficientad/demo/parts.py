@@ -62,8 +62,8 @@ class _Scene:
         ImageDraw.Draw(self.mask).rectangle(box, fill=255)
 
     def draw_furniture(self) -> None:
-        for x, y in self.holes:
-            draw_hole(ImageDraw.Draw(self.part), x, y)
+        for hole in self.holes:
+            draw_hole(ImageDraw.Draw(self.part), *hole)
         label_x, label_y = (LABEL[0] + LABEL[2]) / 2, (LABEL[1] + LABEL[3]) / 2
         draw_label(self.part, label_x + self.jitter(0.8), label_y + self.jitter(0.8))
         shadow = Image.new("L", self.part.size)
@@ -198,7 +198,8 @@ def _photograph(scene: _Scene, size: tuple[int, int]) -> tuple[Image.Image, Imag
     shift = scaled(scene.jitter(1.8), scene.jitter(1.8))
 
     def lay(image: Image.Image) -> Image.Image:
-        return image.rotate(angle, Image.Resampling.BILINEAR, translate=shift)
+        # Pillow shifts by fractions of a pixel, too; its annotation knows whole ones only.
+        return image.rotate(angle, Image.Resampling.BILINEAR, translate=shift)  # type: ignore[arg-type]
 
     picture, outline = bench(rng), lay(plate)
     shadow = ImageChops.offset(outline, 8, 11).filter(ImageFilter.BoxBlur(9))
@@ -254,8 +255,11 @@ def write_dataset(
     if min(size) < 32:
         raise ValueError(f"size is {size}; height and width must be at least 32 pixels")
     root = Path(root)
-    folders = [("train/good", None, train), ("test/good", None, good)]
-    folders += [(f"test/{defect}", defect, per_defect) for defect in DEFECTS]
+    folders: list[tuple[str, str | None, int]] = [
+        ("train/good", None, train),
+        ("test/good", None, good),
+        *((f"test/{defect}", defect, per_defect) for defect in DEFECTS),
+    ]
     jobs = []
     for stream, (folder, defect, count) in enumerate(folders):
         (root / folder).mkdir(parents=True, exist_ok=True)

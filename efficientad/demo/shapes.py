@@ -24,7 +24,9 @@ def scaled(*values: float) -> tuple[float, ...]:
 
 
 def box_around(x: float, y: float, half_width: float, half_height: float) -> Box:
-    return scaled(x - half_width, y - half_height, x + half_width, y + half_height)
+    left, top = scaled(x - half_width, y - half_height)
+    right, bottom = scaled(x + half_width, y + half_height)
+    return left, top, right, bottom
 
 
 def _streaks(rng: np.random.Generator, size: int, length: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from efficientad.checkpoint.loading import load
 from efficientad.checkpoint.native_file import save
@@ -17,7 +18,12 @@ from efficientad.training.settings import PenaltyWarning
 # A real training that fits into a coffee break: Algorithm 1 with a hundredth of its steps needs a
 # student that starts near the teacher, all elements in its loss, and larger steps.
 STEPS = 120
-RECIPE = {"learning_rate": 1e-3, "hard_quantile": 0.0, "warm_start": True, "log_every": 10}
+RECIPE: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "hard_quantile": 0.0,
+    "warm_start": True,
+    "log_every": 10,
+}
 NOTE = (
     f"A demonstration: the detector was trained for {STEPS} steps on drawn parts, with the default "
     "teacher, a warm start and no pretraining penalty. The paper's training has 70,000 steps, and "
