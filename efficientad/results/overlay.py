@@ -119,11 +119,10 @@ def shrink_map(values: np.ndarray, limit: int) -> np.ndarray:
 def _grown(mask: np.ndarray, steps: int) -> np.ndarray:
     """The mask and every pixel within `steps` rows and columns of it."""
     for axis in (0, 1):
+        whole = (slice(None),) * axis
+        ahead, behind = (*whole, slice(1, None)), (*whole, slice(None, -1))
         for _ in range(steps):
             grown = mask.copy()
-            ahead, behind = (slice(1, None), slice(None, -1))
-            if axis:
-                ahead, behind = (slice(None), ahead), (slice(None), behind)
             grown[ahead] |= mask[behind]
             grown[behind] |= mask[ahead]
             mask = grown

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ OnError = Callable[[int, Any, ImageError], None]
 MAP_SIZES = ("source", "input")
 
 
-class RawMaps(NamedTuple):
+@dataclass(frozen=True)
+class RawMaps:
     """The distance maps (1, h, w) of one image, and its place and size among the sources."""
 
     index: int

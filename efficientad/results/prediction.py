@@ -50,6 +50,10 @@ class Prediction:
         "threshold",
     )
 
+    # One image's or a batch's: which of the two is known to whoever called for it, not to a type.
+    index: Any
+    score: Any
+
     def __init__(
         self,
         index: int | Sequence[int],

@@ -106,8 +106,9 @@ def choose_pictures(
     if len(ranked) <= limit:
         return ranked
     order = {id(item): i for i, item in enumerate(ranked)}
-    known = threshold is not None and math.isfinite(threshold)
-    middle = threshold if known else ranked[len(ranked) // 2].score
+    middle = ranked[len(ranked) // 2].score
+    if threshold is not None and math.isfinite(threshold):
+        middle = threshold
 
     def distance(item: ReportItem) -> float:
         gap = abs(item.score - middle)
@@ -194,7 +195,7 @@ def _defects(items: Sequence[ReportItem]) -> str:
     for kind, group in sorted(groups.items(), key=lambda g: (bool(g[1][0].label), g[0])):
         scores = [item.score for item in group if not math.isnan(item.score)]
         judged = [item for item in group if item.is_anomalous is not None]
-        called = f"{sum(i.is_anomalous for i in judged)} of {len(judged)}" if judged else DASH
+        called = f"{sum(bool(i.is_anomalous) for i in judged)} of {len(judged)}" if judged else DASH
         low, high = (min(scores), max(scores)) if scores else (None, None)
         middle = statistics.median(scores) if scores else None
         rows.append([kind, str(len(group)), called, *map(number, (low, middle, high))])

@@ -157,12 +157,12 @@ def histogram(scores: Sequence[tuple[float, int | None]], threshold: float | Non
         high = low + (BINS + 1) * step
     bins = BINS + (threshold is not None)
     edges = np.linspace(low, high, bins + 1)
-    counts = {}
+    counts: dict[str, np.ndarray] = {}
     for label, name in KINDS:
         mine = [s for s, own in finite if own == label]
         if mine:
             counts[name] = np.histogram(np.clip(mine, low, high), edges)[0]
-    top = int(max(sum(counts.values()).max(), 1))
+    top = int(max(np.sum(list(counts.values()), axis=0).max(), 1))
     plot_width, plot_height = WIDTH - LEFT - 12, HEIGHT - BOTTOM - TOP
     floor = HEIGHT - BOTTOM
 
