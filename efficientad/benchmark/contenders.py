@@ -89,8 +89,8 @@ def accuracy(
     scores, maps = scores.float().cpu(), maps.float().cpu()
     best, exact = expected
     if scores.shape != best.shape or maps.shape != exact.shape:
-        problem = f"wrong: shapes {tuple(scores.shape)} and {tuple(maps.shape)}"
-        return Accuracy(None, None, None, None, problem)
+        shapes = f"{tuple(scores.shape)} and {tuple(maps.shape)}"
+        return Accuracy(None, None, None, None, f"wrong: shapes {shapes}")
     if not (scores.isfinite().all() and maps.isfinite().all()):
         return Accuracy(None, None, None, None, "wrong: values that are not finite")
     scale = scale_of(exact)
@@ -109,7 +109,8 @@ def accuracy(
             f"wrong: map error {largest:.2g} and score error {score:.2g} (bound {bounds[0]:g}), "
             f"RMS {rms:.2g} (bound {bounds[1]:g}), {swapped} pairs in another order"
         )
-    return Accuracy(*(float(f"{x:.4g}") for x in (largest, rms, score)), swapped, problem)
+    map_error, map_rms, score_error = (float(f"{x:.4g}") for x in (largest, rms, score))
+    return Accuracy(map_error, map_rms, score_error, swapped, problem)
 
 
 # ---- contenders ------------------------------------------------------------------------------
@@ -117,7 +118,10 @@ def accuracy(
 
 @dataclass
 class Contender:
-    """A row to be filled, and the call without arguments that it is about (None: there is none)."""
+    """A row to be filled, and the call without arguments that it is about.
+
+    Where there is no call (None) the row's no_time says why.
+    """
 
     row: Row
     call: Callable[[], object] | None
@@ -178,7 +182,7 @@ def race(contenders: Sequence[Contender], **options: Any) -> list[Row]:
     the peer takes for the same batch. options: as `call_times.in_turn` takes them.
     """
     timed = [c for c in contenders if c.row["no_time"] is None]
-    calls = {str(i): c.call for i, c in enumerate(timed)}
+    calls = {str(i): c.call for i, c in enumerate(timed) if c.call is not None}
     times = in_turn(calls, **options) if calls else {}
     rounds = {id(c.row): times[str(i)].rounds for i, c in enumerate(timed)}
     for i, c in enumerate(timed):

@@ -110,8 +110,8 @@ def benchmark(
     rows = []
     for batch in batch_sizes:
         field = [ours(*known, batch)]
-        if plain:
-            field.append(_plain(*known, batch))
+        if plain and detector is not None:
+            field.append(_plain(predictor, detector, frames, expected, batch))
         rows += race(field, **options)
     if frame_size is not None:
         rows += race(camera(*known, frame_size, decode), **options)
@@ -158,8 +158,8 @@ def camera(
     """
     pixels = random_frames(_DISTINCT, *frame_size)
     sources: dict[tuple[str, str | None], Any] = {("camera frame", None): pixels}
-    for format in decode:
-        sources[f"{format.upper()} file", format] = encoded(pixels, format)
+    for kind in decode:
+        sources[f"{kind.upper()} file", kind] = encoded(pixels, kind)
     if predictor.device.type == "cuda":
         there = [torch.from_numpy(frame).to(predictor.device) for frame in pixels]
         sources["camera frame on the device", None] = there
@@ -235,7 +235,7 @@ def _plain(
     predictor: FastPredictor,
     detector: EfficientAD,
     frames: np.ndarray,
-    expected: tuple[Tensor, Tensor],
+    expected: tuple[Tensor, Tensor] | None,
     batch: int,
 ) -> Contender:
     """The plain detector in torch eager, without any change, as a contender."""

@@ -21,7 +21,7 @@ submits: no launch gap is inside. The times are one repeat's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -32,12 +32,14 @@ from efficientad.benchmark.end_to_end import CAMERA, DECODES, defaults, encoded,
 from efficientad.fast.engine import Engine
 from efficientad.fast.frame_inputs import read_frame
 from efficientad.fast.predictor import FastPredictor
+from efficientad.fast.runners import GraphRunner
 from efficientad.model.synthetic import frames as random_frames
 from efficientad.utils.cuda_graphs import captured
 
 REPEATS = 20
 _SAMPLES = 50  # events, at most
 _HOST_CALLS = 100  # by the clock, at most
+Work = Callable[[], object]
 
 
 def stages(
@@ -104,7 +106,7 @@ def _cpu_stages(engine: Engine, batch: int, calls: int) -> dict[str, Row]:
     )
 
 
-def _by_clock(functions: dict[str, Callable], calls: int, images: int) -> dict[str, Row]:
+def _by_clock(functions: Mapping[str, Work], calls: int, images: int) -> dict[str, Row]:
     calls = min(calls, _HOST_CALLS)
     times = in_turn(functions, warmup=max(1, calls // 10), calls=calls, rounds=5, seconds=8.0)
     return {
@@ -117,26 +119,27 @@ def _by_clock(functions: dict[str, Callable], calls: int, images: int) -> dict[s
 
 
 def _cuda_stages(engine: Engine, batch: int, calls: int) -> dict[str, Row]:
-    backend, runner = engine.backend, engine.runner
+    backend, runner, stream = engine.backend, engine.runner, engine.stream
+    assert isinstance(runner, GraphRunner)  # as on every GPU, and so is a stream
+    assert stream is not None
     packed, on_device = runner.packed(batch), runner.frames(batch)
     on_device.copy_(torch.from_numpy(random_frames(batch, *engine.image_size)))
     pinned = torch.empty(on_device.shape, dtype=torch.uint8, pin_memory=True)
     result = runner.run(batch, from_frames=True)
-    maps = tuple(m.clone() for m in result.maps)
+    map_st, map_ae = result.maps
     anomaly_map, score = result.anomaly_map.clone(), result.score.clone()
-    arguments = (maps, engine.image_size, engine.map_padding, (anomaly_map, score))
-    stream = engine.stream
-    in_graph = {
+    maps, out = (map_st.clone(), map_ae.clone()), (anomaly_map, score)
+    in_graph: dict[str, Work] = {
         "frame path": partial(backend.pack, on_device, packed, channels_last=True),
         "networks": partial(backend.distance_maps, packed),
-        "map": partial(backend.anomaly_map, *arguments),
+        "map": partial(backend.anomaly_map, maps, engine.image_size, engine.map_padding, out),
     }
-    launched = {
+    launched: dict[str, Work] = {
         "graph": partial(runner.run, batch, from_frames=True),
         "copy in": partial(on_device.copy_, pinned, non_blocking=True),
     }
-    works = {name: _graph(function, stream) for name, function in in_graph.items()}
-    works |= {name: partial(_repeat, function) for name, function in launched.items()}
+    works: dict[str, Work] = {name: _graph(work, stream) for name, work in in_graph.items()}
+    works |= {name: partial(_repeat, work) for name, work in launched.items()}
     samples = max(1, min(calls, _SAMPLES))
     found = {name: _by_events(work, samples, batch) for name, work in works.items()}
 
@@ -147,7 +150,7 @@ def _cuda_stages(engine: Engine, batch: int, calls: int) -> dict[str, Row]:
     return found | _by_clock({"copy out": copy_out}, calls, batch)
 
 
-def _graph(function: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
+def _graph(function: Work, stream: torch.cuda.Stream) -> Work:
     """The replay of a graph that holds `function` REPEATS times."""
     for _ in range(2):  # whatever is chosen or allocated at first use, outside the capture
         function()
@@ -158,12 +161,12 @@ def _graph(function: Callable[[], object], stream: torch.cuda.Stream) -> Callabl
     return graph.replay
 
 
-def _repeat(function: Callable[[], object]) -> None:
+def _repeat(function: Work) -> None:
     for _ in range(REPEATS):
         function()
 
 
-def _by_events(work: Callable[[], object], samples: int, images: int) -> Row:
+def _by_events(work: Work, samples: int, images: int) -> Row:
     """Times of a REPEATS-th of `work` on the current stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
@@ -183,18 +186,18 @@ def _by_events(work: Callable[[], object], samples: int, images: int) -> Row:
 
 def _frame_stages(engine: Engine, frame_size: tuple[int, int], calls: int) -> dict[str, Row]:
     """Resizing and decoding of a camera frame; rows of batch 1."""
-    on_cuda = engine.device.type == "cuda"
+    stream = engine.stream
     frame = random_frames(1, *frame_size)
     place = engine.runner.packed(1)[0]
-    on_host = torch.empty(place.shape, dtype=place.dtype, pin_memory=on_cuda)
+    on_host = torch.empty(place.shape, dtype=place.dtype, pin_memory=stream is not None)
     size = f"{frame_size[1]}x{frame_size[0]}"
-    functions = {f"resize {size}": partial(engine.resize_pack, frame[0], on_host)}
+    functions: dict[str, Work] = {f"resize {size}": partial(engine.resize_pack, frame[0], on_host)}
     for kind in DECODES:
         functions[f"decode {kind.upper()} {size}"] = partial(read_frame, encoded(frame, kind)[0])
     found = _by_clock(functions, calls, 1)
-    if on_cuda:
+    if stream is not None:
         there = torch.from_numpy(frame[0]).to(engine.device)
-        work = _graph(partial(engine.resize_pack, there, place), engine.stream)
+        work = _graph(partial(engine.resize_pack, there, place), stream)
         samples = max(1, min(calls, _SAMPLES))
         found[f"resize {size} on the device"] = _by_events(work, samples, 1)
     extra = {"batch": 1, "frame_size": list(frame_size)}
