@@ -106,7 +106,7 @@ class FastPredictor:
             detector, self.device, self.dtype, self.batch_sizes, kind=backend,
             calibration=calibration, fp8_layers=fp8_layers, torch_backend=self.torch_backend,
         )  # fmt: skip
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.engine.backend.name,

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +148,7 @@ class EfficientAD(nn.Module):
         self.register_buffer("quantiles", torch.full((4,), float("nan")))
         self.register_buffer("affine", torch.full((4,), float("nan")), persistent=False)
         self.threshold = None
-        self.provenance: dict[str, object] = {}
+        self.provenance: dict[str, Any] = {}
         self._has_statistics = False
         self._calibrated = False
         self.border = border if border is not None else ("paper" if padding else "nelson")
