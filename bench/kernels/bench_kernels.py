@@ -44,8 +44,8 @@ def test_kernel(size: str, name: str, batch: int, backend: str, device: str, ben
         pytest.skip("torch.compile is timed with --compiled")
     on_cuda = torch.device(device).type == "cuda"
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
-    options = {"parts": partial_maps(device, batch), "small": not on_cuda}
-    layer = next(x for x in layers(size, **options) if x.name == name)
+    found = layers(size, parts=partial_maps(device, batch), small=not on_cuda)
+    layer = next(x for x in found if x.name == name)
     case = layer.case(device, batch, default_dtype(device))
     backend = ours(device) if backend == "ours" else backend
     with torch.inference_mode():

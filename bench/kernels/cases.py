@@ -132,7 +132,7 @@ def resize_conv_relu(
     """read_by: rows and columns of the resize that reads the result; it needs a part of it."""
     outputs = [length + 2 * padding - kernel + 1 for length in size]
     options: dict[str, Any] = {"padding": padding}
-    case = {
+    case: dict[str, Any] = {
         "operation": "resize_conv_relu",
         "arguments": (
             inputs.activation(n, height, width, cin),
@@ -209,8 +209,9 @@ class Layer:
         """The launch at a batch size, with inputs of that seed."""
         inputs = Inputs(device, dtype, seed)
         made = self.build(inputs, batch, *self.arguments, **self.options)
-        place = {"layer": self.name, "size": self.size, "batch": batch, "dtype": dtype}
-        return Case(**place, small=self.small, **made)
+        return Case(
+            layer=self.name, size=self.size, batch=batch, dtype=dtype, small=self.small, **made
+        )
 
 
 def layers(size: str, *, parts: int = 3, small: bool = False) -> Iterator[Layer]:

@@ -59,8 +59,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != FP8:
         return a @ b.T
     one = torch.ones((), device=a.device)
-    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-    return torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, **options)
+    return torch._scaled_mm(
+        a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def measure(
@@ -72,10 +73,11 @@ def measure(
     """
     device = torch.device(device)
     side = side or SIDE[device.type]
-    rows = []
+    rows: list[Row] = []
     for dtype in dtypes(device):
         name = str(dtype).removeprefix("torch.")
-        row = {"kind": "ceiling", "name": f"matmul {side}", "dtype": name, "device": device.type}
+        row: Row = {"kind": "ceiling", "name": f"matmul {side}"}
+        row |= {"dtype": name, "device": device.type}
         try:
             rows.append(row | _product(dtype, device, side, seconds))
         except RuntimeError as error:  # a dtype that the library has not; the others do

@@ -14,6 +14,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +55,8 @@ def builders(small: bool) -> dict[str, list[Callable[[Inputs, random.Random], di
         return make.conv_relu(x, *sides(r, low, 70), ch(cin), couts, kernel, **options)
 
     def pair(r, x, cins, kernel):
-        return make.pair_distance(
-            x, *sides(r, kernel, 60), tuple(map(ch, cins)), kernel, wide(TEACHER)
-        )
+        ct, cs, ca = map(ch, cins)
+        return make.pair_distance(x, *sides(r, kernel, 60), (ct, cs, ca), kernel, wide(TEACHER))
 
     def resize(r, x, kernel, **options):
         size = sides(r, 4, 70)[1:]
@@ -68,7 +68,7 @@ def builders(small: bool) -> dict[str, list[Callable[[Inputs, random.Random], di
         return make.anomaly_map(x, *sides(r, 2, 70), parts, size, padding=r.choice((0, 4)))
 
     pooled = {"pool": True, "padding": 3, "pool_padding": 1}
-    pixels = {"stride": 1, "padding": 0, "relu": False}
+    pixels: dict[str, Any] = {"stride": 1, "padding": 0, "relu": False}
     half, full = (128, 128), (256, 256)
     return {
         "pack": [lambda x, r: make.pack(x, *sides(r, 1, 70), border=r.randrange(4))],
@@ -166,17 +166,18 @@ def check_operation(
 
 def _map_errors(found: Tensor, want: Tensor) -> tuple[float, float]:
     """As `agreement.difference` has them; NaN is infinite, since a row holds the largest."""
-    return tuple(math.inf if math.isnan(v) else v for v in difference(found, want))
+    greatest, rms = (math.inf if math.isnan(v) else v for v in difference(found, want))
+    return greatest, rms
 
 
 def _float32_maps(detector: EfficientAD, batch: Tensor, device: str) -> tuple[Tensor, Tensor]:
     """(anomaly map, score) by the folded torch network in float32."""
     backend = TorchBackend(detector, torch.float32, torch.device(device))
-    size = tuple(batch.shape[-2:])
-    packed = torch.empty((len(batch), *size, 3), device=device)
+    count, _, height, width = batch.shape
+    packed = torch.empty((count, height, width, 3), device=device)
     backend.pack(batch, packed, channels_last=False)
     maps = backend.distance_maps(packed)
-    return backend.anomaly_map(maps, size, detector.map_padding, None)
+    return backend.anomaly_map(maps, (height, width), detector.map_padding, None)
 
 
 @torch.no_grad()

@@ -44,8 +44,9 @@ class Inputs:
 
     def image(self, *shape: int) -> Tensor:
         """Frames of bytes."""
-        options = {"device": self.device, "dtype": torch.uint8, "generator": self._generator}
-        return torch.randint(0, 256, shape, **options)
+        return torch.randint(
+            0, 256, shape, device=self.device, dtype=torch.uint8, generator=self._generator
+        )
 
     def packed(self, n: int, height: int, width: int) -> Tensor:
         """As `pack` gives it: normalised RGB and a fourth channel of zeros."""
