@@ -41,7 +41,7 @@ def pillow(frame: np.ndarray, size: int) -> np.ndarray:
     return (np.asarray(resized, dtype=np.float32) / 255 - mean) / std
 
 
-def measure(height: int, width: int, threads: int, size: int, seconds: float) -> dict:
+def measure(height: int, width: int, threads: int, size: int, seconds: float) -> record.Row:
     """A row of the table, after its results were compared."""
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     same = torch.empty(size, size, 3)
@@ -61,9 +61,10 @@ def measure(height: int, width: int, threads: int, size: int, seconds: float) ->
     if error > LIMIT or halves > 2e-3:
         raise SystemExit(f"{height}x{width}: off by {error} levels, float16 by {halves}; no times")
     calls = {"pillow": lambda: pillow(frame, size), "native": ours, "native_half": ours_half}
-    row = {"height": height, "width": width, "threads": threads, "error": round(error, 3)}
-    row["calls"] = _calls(calls, seconds)
-    for name, times in in_turn(calls, warmup=1, calls=row["calls"]).items():
+    count = _calls(calls, seconds)
+    row: record.Row = {"height": height, "width": width, "threads": threads}
+    row |= {"error": round(error, 3), "calls": count}
+    for name, times in in_turn(calls, warmup=1, calls=count).items():
         low, median, high = statistics.quantiles(times.all(), n=4)
         row[f"{name}_ms"], row[f"{name}_spread_ms"] = round(median, 3), round(high - low, 3)
     row["ratio"] = round(row["pillow_ms"] / row["native_ms"], 1)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from efficientad.model.synthetic import frames as random_frames
 from efficientad.model.synthetic import random_detector
 
 CALIBRATION_IMAGES = 32  # of fp8
+# A predictor, its detector, frames, and what the plain detector gives for them.
+Known = tuple[FastPredictor, EfficientAD, np.ndarray, tuple[Tensor, Tensor]]
 
 
 class Bench:
@@ -69,7 +72,7 @@ class Bench:
                 (folder / f"{i:02}.png").write_bytes(data)
         return folder
 
-    def frames(self, side: int) -> Any:
+    def frames(self, side: int) -> np.ndarray:
         """What contenders are judged and timed on, uint8 (images, side, side, 3)."""
         return self._once(("frames", side), lambda: random_frames(self.options.images, side, side))
 
@@ -118,7 +121,7 @@ class Bench:
             return Contender(row("end_to_end", "FastPredictor", **shared), None)
         return end_to_end.ours(*self._known(predictor, size, side, dtype), batch)
 
-    def _known(self, predictor: FastPredictor, size: str, side: int, dtype: str) -> tuple:
+    def _known(self, predictor: FastPredictor, size: str, side: int, dtype: str) -> Known:
         """What contenders of `efficientad.benchmark.end_to_end` are made of."""
         detector, expected = self.detector(size, side, dtype), self.expected(size, side, dtype)
         return predictor, detector, self.frames(side), expected
@@ -162,10 +165,10 @@ class Bench:
     def stages(self, size: str, side: int, dtype: str, batch: int) -> list[Row]:
         """Stages of a step; those of a camera frame with batch 1."""
         judged = self.ours(size, side, dtype, batch).row
-        if judged["no_time"]:
+        predictor = self.predictor(size, side, dtype, batch)
+        if judged["no_time"] or isinstance(predictor, str):
             return [judged | {"kind": "stage"}]
         frame_size = self.options.frame_size if batch == 1 else None
-        predictor = self.predictor(size, side, dtype, batch)
         found = stages(predictor, batch, calls=self.options.calls, frame_size=frame_size)
         return [r | accuracy_of(judged) for r in found]
 
@@ -186,9 +189,11 @@ class Bench:
             return [judged | {"kind": "cold_start"}]
         self.release()
         caches = (True, False) if self.options.device.type == "cuda" else (False,)
-        settings = {"device": str(self.options.device), "dtype": dtype, "batch_sizes": (1,)}
-        detector = self.detector(size, side, dtype)
-        found = [cold_start(detector, empty_cache=empty, **settings) for empty in caches]
+        detector, device = self.detector(size, side, dtype), str(self.options.device)
+        found = [
+            cold_start(detector, device=device, dtype=dtype, batch_sizes=(1,), empty_cache=empty)
+            for empty in caches
+        ]
         return [r | accuracy_of(judged) for r in found]
 
 

@@ -81,7 +81,8 @@ def openvino(detector: EfficientAD, place: Place, dtype: torch.dtype = FLOAT) ->
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         found = request.infer({"image": images.numpy()})
-        return tuple(torch.from_numpy(found[name].copy()) for name in ("score", "anomaly_map"))
+        score, maps = (torch.from_numpy(found[name].copy()) for name in ("score", "anomaly_map"))
+        return score, maps
 
     return Peer(Tensor.contiguous, run, dtype)
 

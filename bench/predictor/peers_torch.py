@@ -16,7 +16,7 @@ from efficientad.benchmark.contenders import Run
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN, TEACHER_CHANNELS, Autoencoder, decoder_sizes
 from efficientad.utils.cuda_graphs import captured
-from efficientad.utils.devices import cpu_multiplies_bfloat16
+from efficientad.utils.devices import cpu_multiplies_bfloat16, lay_out
 
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -71,6 +71,10 @@ class NelsonOrder(nn.Module):
 
     Weights are copies. Dropout, which does nothing in inference, is left out.
     """
+
+    mean: Tensor
+    std: Tensor
+    quantiles: Tensor
 
     def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -145,7 +149,7 @@ def torch_peer(
     """The module in torch, launched operation by operation unless `wrap` changes that."""
     module = NelsonOrder(detector, dtype, place.device)
     if channels_last:
-        module.to(memory_format=torch.channels_last)
+        lay_out(module, torch.channels_last)
     function = wrap(module)
 
     @torch.no_grad()
@@ -178,7 +182,7 @@ def channels_last_bfloat16(detector: EfficientAD, place: Place) -> Peer:
 def cuda_graph(detector: EfficientAD, place: Place) -> Peer:
     """One graph of the whole batch; the input is copied into it."""
     module = NelsonOrder(detector, place.dtype, place.device)
-    module.to(memory_format=torch.channels_last)
+    lay_out(module, torch.channels_last)
     prepare = host_input(detector, place, place.dtype, True)
     images = torch.rand(place.batch, 3, *detector.image_size)
     static = prepare(images).to(place.device)

@@ -105,9 +105,9 @@ def resident_bytes() -> int:
 
 def soak(frames: int, network: str, device: str, workers: int) -> dict[str, Any]:
     """Run it; returns what was counted and what was wrong, see the module's text."""
-    options = {"dtype": "float32"} if device == "cpu" else {}
     kind = StubPredictor if network == "stub" else FastPredictor
-    predictor = kind(judged_detector(), device=device, **options)
+    dtype = "float32" if device == "cpu" else "auto"
+    predictor = kind(judged_detector(), device=device, dtype=dtype)
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         good = good_sources(Path(name))
