@@ -36,11 +36,12 @@ from efficientad.utils.files import write_text
 
 TABLE = record.RESULTS / "accuracy.json"
 PRO_LIMIT = 0.3
+Areas = dict[str, float | None]  # the three figures of a row; None: undefined for these images
 NORMALIZATIONS = ("quantiles", "gaussian", "none", "student-teacher alone", "autoencoder alone")
 _AWAY = 1e6  # q_b - q_a at which a map no longer counts beside the other
 
 
-def figures(detector: EfficientAD, dataset: DataSet, raws: Iterable[RawMaps]) -> dict[str, float]:
+def figures(detector: EfficientAD, dataset: DataSet, raws: Iterable[RawMaps]) -> Areas:
     """Image AU-ROC, pixel AU-ROC and AU-PRO of raw test maps under the detector's quantiles."""
     labels, scores, pixels = [], [], PixelMetrics()
     for raw in raws:
@@ -53,7 +54,7 @@ def figures(detector: EfficientAD, dataset: DataSet, raws: Iterable[RawMaps]) ->
     return areas(labels, scores, pixels)
 
 
-def areas(labels: list[int], scores: list[float], pixels: PixelMetrics) -> dict[str, float]:
+def areas(labels: list[int], scores: list[float], pixels: PixelMetrics) -> Areas:
     """The three figures of a row."""
     pixel = pixels.compute()
     return {
@@ -86,7 +87,7 @@ def normalization(name: str, detector: EfficientAD, validation: list[RawMaps]) -
     return values
 
 
-def measure(detector: EfficientAD, dataset: DataSet) -> dict[str, dict[str, float]]:
+def measure(detector: EfficientAD, dataset: DataSet) -> dict[str, Areas]:
     """Figures on the test images per normalisation; the networks run once."""
     raws = list(distance_maps(detector, [sample.path for sample in dataset.test]))
     held_out = list(distance_maps(detector, [sample.path for sample in dataset.validation]))

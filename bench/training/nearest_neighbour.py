@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import record
-from bench.training.accuracy import TABLE, add_rows, areas, row_of
+from bench.training.accuracy import TABLE, Areas, add_rows, areas, row_of
 from efficientad.checkpoint.teachers import default_teacher
 from efficientad.data.datasets import DataSet
 from efficientad.data.images import load_batches
@@ -55,7 +55,7 @@ def patch_nearest_neighbour(
     *,
     bank: int = BANK,
     seed: int = 0,
-) -> dict[str, float]:
+) -> Areas:
     """Image AU-ROC, pixel AU-ROC and AU-PRO of patch distances.
 
     features_of: images -> features (1, C, h, w) of each, in order.
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=TABLE, help="the table")
     options = parser.parse_args()
     dataset = open_dataset(options.data)
-    networks = {"default teacher, PDN-S": default_teacher()}
+    networks: dict[str, torch.nn.Module] = {"default teacher, PDN-S": default_teacher()}
     if options.backbone is not None:
         networks[f"backbone {options.backbone.stem}"] = load_backbone(options.backbone)
     facts = record.about()

@@ -39,6 +39,7 @@ from efficientad.training.pictures import (
 )
 from efficientad.training.settings import Settings
 from efficientad.training.trainer import Trainer
+from efficientad.utils.devices import lay_out
 from efficientad.utils.prefetch import ahead
 from efficientad.utils.sampling import random_numbers, shuffled
 
@@ -51,8 +52,9 @@ class PlainLoop:
     def __init__(self, detector: EfficientAD, trainer: Trainer) -> None:
         self.detector, self.settings, self.trainer = detector, trainer.settings, trainer
         self.device = detector.teacher_mean.device
-        self.images = trainer.source.images.paths
-        self.photos = trainer.source.photos.paths
+        photos = trainer.source.photos
+        assert photos is not None  # the penalty is one of the terms
+        self.images, self.photos = trainer.source.images.paths, photos.paths
         parameters = [*detector.student.parameters(), *detector.autoencoder.parameters()]
         self.optimizer = torch.optim.Adam(
             parameters, lr=1e-4, weight_decay=1e-5, foreach=False, fused=False
@@ -64,10 +66,10 @@ class PlainLoop:
         seed, step, size = self.settings.seed, self.step, (SIDE, SIDE)
         path = self.images[shuffled(seed, "images", len(self.images), step)]
         image = resize_image(read_image(path), size)
-        changed = augmented(image, random_numbers(seed, "augmentation", step, 0))
+        pixels = augmented(image, random_numbers(seed, "augmentation", step, 0))
         photo = read_image(self.photos[shuffled(seed, "photos", len(self.photos), step)])
         photo = penalty_photo(photo, size, random_numbers(seed, "photo", step, 0))
-        changed = torch.from_numpy(changed).permute(2, 0, 1)[None].contiguous()
+        changed = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
         found = (to_tensor([image]), changed, to_tensor([photo]))
         return [self.detector.normalize(x.to(self.device)) for x in found]
 
@@ -115,7 +117,7 @@ def new_trainer(folder: Path, options: argparse.Namespace) -> Trainer:
     device = torch.device(options.device)
     detector = EfficientAD(options.size).to(device)
     if device.type == "cuda" or options.dtype != "float32":
-        detector.to(memory_format=torch.channels_last)
+        lay_out(detector, torch.channels_last)
     settings = Settings(steps=10**6, dtype=options.dtype, learning_rate=options.learning_rate)
     images = TrainingImages(find_images(folder / "train" / "good"), (SIDE, SIDE))
     photos = Photos(folder / "photos", (SIDE, SIDE), settings.seed)
