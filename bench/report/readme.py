@@ -142,9 +142,9 @@ def _sentence_problems(sentence: str, root: Path) -> Iterator[str]:
         if unit in NOT_SPEED and not COMPARISON.match(sentence, figure.end()):
             continue
         behind = [link for link in links if link.start() > figure.start()]
-        link = (behind or links[-1:] or [None])[0]
+        link = next(iter(behind or links[-1:]), None)
         target = "" if link is None else link["target"]
-        if target.startswith(RESULTS):
+        if link is not None and target.startswith(RESULTS):
             if (root / target).is_file():
                 found = json.loads((root / target).read_text(encoding="utf-8"))
                 yield from _disagreement(found, figure, link)
@@ -168,7 +168,7 @@ def _disagreement(found: Any, figure: re.Match, link: re.Match) -> Iterator[str]
 def holds(value: Any, number: str, unit: str) -> bool:
     """Whether there is this number, to its digits, in a field of that unit."""
     shown = Decimal(number.replace(",", ""))
-    step = Decimal(1).scaleb(shown.as_tuple().exponent)
+    step = Decimal(1).scaleb(-len(number.partition(".")[2]))
 
     def search(value: Any, field: str) -> bool:
         if isinstance(value, dict):

@@ -185,10 +185,11 @@ def _better(old: Verdict, new: Verdict) -> Verdict:
 
 def _by_one(target: Target, name: str, found: dict[str, Any]) -> Verdict:
     rows = found["rows"]
-    values = target.read.values(rows)
-    if not values:
+    fields = target.read.values(rows)
+    if not fields:
         return Verdict(target, OPEN, note="no such row")
-    if any(v is None for v in values):
+    values = [v for v in fields if v is not None]
+    if len(values) < len(fields):
         reasons = [r["no_time"] for r in rows if fits(r, target.read.where) and r.get("no_time")]
         return Verdict(target, OPEN, file=name, note=(reasons or ["no time in the row"])[0])
     for where in target.needs:
@@ -198,8 +199,9 @@ def _by_one(target: Target, name: str, found: dict[str, Any]) -> Verdict:
     worst, best = (max, min) if target.rule == "<=" else (min, max)
     over = target.over
     if over is not None:
-        under = over.values(rows)
-        if not under or not all(under):
+        fields = over.values(rows)
+        under = [v for v in fields if v]
+        if not under or len(under) < len(fields):
             return Verdict(target, OPEN, file=name, note=f"no {over.field} to compare with")
         if over.where != target.read.where:
             under = [best(under)] * len(values)
