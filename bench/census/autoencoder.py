@@ -64,8 +64,10 @@ def _resize_case(arch: int, layer: AutoencoderLayer, batch: int, dtype: str) -> 
         **dict.fromkeys(("scale_y", "scale_x"), "fp32"),
     }
     constexprs = dict(values)
-    for name in ("rows_ptr", "cols_ptr"):
-        (signature if some else constexprs)[name] = "*i32" if some else None
+    if some:
+        signature |= dict.fromkeys(("rows_ptr", "cols_ptr"), "*i32")
+    else:
+        constexprs |= dict.fromkeys(("rows_ptr", "cols_ptr"))
     place = layer.name if layer.name in ("d6", "d7") else "d"  # the others are alike
     config = f"{place} {values['BN']}x{values['BM']}x{values['BK']}"
     function = resize_conv._resize_conv_kernel

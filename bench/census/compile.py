@@ -61,6 +61,8 @@ def use_clone() -> None:
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
+    assert spec is not None  # as for every .py file
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -74,7 +76,8 @@ def cases(arch: int) -> list[CensusCase]:
 
 def count_in_loops(ttgir: str, pattern: str) -> list[str]:
     """Lines of TTGIR that match `pattern` inside the body of an scf.for or scf.while."""
-    found, stack = [], []  # per open brace: whether it opens the body of a loop
+    found: list[str] = []
+    stack: list[bool] = []  # per open brace: whether it opens the body of a loop
     for line in ttgir.splitlines():
         if any(stack) and re.search(pattern, line):
             found.append(line.strip())
@@ -148,7 +151,7 @@ def compile_case(case: CensusCase, arch: int) -> tuple[dict[str, object], bytes]
         "spill_loads": int(spills[2]),
         "shared_bytes": compiled.metadata.shared,
         "wait_in_loop": min(
-            (int(re.search(r"pendings = (\d+)", w)[1]) for w in waits), default=None
+            (int(re.findall(r"pendings = (\d+)", w)[0]) for w in waits), default=None
         ),
         "layout_conversions_in_loop": len(count_in_loops(ttgir, r"\bttg\.convert_layout\b")),
     }
@@ -169,7 +172,7 @@ def machine_code(cubin: bytes) -> bytes:
     return code
 
 
-def opcodes(codes: list[bytes], arch: int) -> list[collections.Counter]:
+def opcodes(codes: list[bytes], arch: int) -> list[collections.Counter[str]]:
     """How often each instruction occurs in each code; one nvdisasm for all, it starts slowly."""
     import triton
 
@@ -182,19 +185,19 @@ def opcodes(codes: list[bytes], arch: int) -> list[collections.Counter]:
             [nvdisasm, "-ndf", "-b", name, path], capture_output=True, text=True, check=True
         ).stdout
     ends = list(itertools.accumulate(map(len, codes)))
-    counts = [collections.Counter() for _ in codes]
+    counts: list[collections.Counter[str]] = [collections.Counter() for _ in codes]
     for match in filter(None, map(SASS_LINE.match, sass.splitlines())):
         counts[bisect.bisect_right(ends, int(match[1], 16))][match[2]] += 1
     return counts
 
 
-def _counted(row: dict[str, object], ops: collections.Counter) -> dict[str, object]:
+def _counted(row: dict[str, object], ops: collections.Counter[str]) -> dict[str, object]:
     """The whole row, its keys in order."""
 
     def count(*names: str) -> int:
         return sum(n for op, n in ops.items() if op.split(".")[0] in names)
 
-    mma = collections.Counter()
+    mma: collections.Counter[str] = collections.Counter()
     for op, n in ops.items():
         if TENSOR_CORE.match(op):
             mma[".".join(op.split(".")[:2])] += n
@@ -304,6 +307,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         args.markdown.write_text(markdown(rows))
     print(table(rows))
-    for error in errors:
-        print(f"did not compile: {error}", file=sys.stderr)
+    for message in errors:
+        print(f"did not compile: {message}", file=sys.stderr)
     return 1 if errors else 0
