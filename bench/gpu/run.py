@@ -119,9 +119,11 @@ def watch(process: subprocess.Popen, budget: Budget, patience) -> tuple[str | No
         (the key that was running, why it did not come to its end); None, None if all is well.
     """
     lines: queue.Queue[str | None] = queue.Queue()
+    assert process.stdout is not None  # a pipe
+    output = process.stdout
 
     def read() -> None:
-        for line in process.stdout:
+        for line in output:
             lines.put(line.rstrip("\n"))
         lines.put(None)
 

@@ -152,7 +152,11 @@ def sanitizer_step(plan: Plan) -> Iterator[Measurement]:
     """NVIDIA's checker of memory accesses and races over the kernels' tests, where it is there."""
     if plan.on_cuda and shutil.which("compute-sanitizer"):
         for tool in SANITIZERS:
-            yield f"sanitizer/{tool}", lambda tool=tool: [sanitize(tool)]
+
+            def run(tool: str = tool) -> list[Row]:
+                return [sanitize(tool)]
+
+            yield f"sanitizer/{tool}", run
 
 
 def sanitize(tool: str, program: Sequence[str] = (sys.executable, *SANITIZED)) -> Row:
