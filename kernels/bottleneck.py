@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import relu, target_of
+from .common import needs_fence, proxy_fence, relu, target_of
 from .grouped import ARCHITECTURES, Tile, check_rows, divisor, from_table
 
 SPLITS = 32  # of K; the same for every batch, so that an image's result does not depend on it
@@ -39,6 +39,7 @@ def _encode_kernel(
     CIN: tl.constexpr,
     C: tl.constexpr,
     SPLITS: tl.constexpr,
+    FENCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -56,7 +57,10 @@ def _encode_kernel(
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for step in tl.range(0, STEPS):
         x = tl.load(x_ptrs + step * BK, mask=real, other=0.0)
-        acc = tl.dot(tl.load(w_ptrs + step * BK), x, acc)
+        w = tl.load(w_ptrs + step * BK)
+        if FENCE:
+            proxy_fence(step)
+        acc = tl.dot(w, x, acc)
     row = split.to(tl.int64) * n_images + image
     tl.store(part_ptr + row[None, :] * C + n[:, None], acc, mask=real)
 
@@ -72,6 +76,7 @@ def _decode_kernel(
     C: tl.constexpr,
     COUT: tl.constexpr,
     SPLITS: tl.constexpr,
+    FENCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
@@ -101,13 +106,16 @@ def _decode_kernel(
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for i in tl.range(0, rows * columns):
         tap = (dy + i // columns) * K + dx + i % columns
-        acc = tl.dot(tl.load(w_ptrs + tap * C), latent, acc)
+        w = tl.load(w_ptrs + tap * C)
+        if FENCE:
+            proxy_fence(i)
+        acc = tl.dot(w, latent, acc)
     acc = relu(acc + tl.load(bias_ptr + n)[:, None])
     pixel = image.to(tl.int64) * (OUT * OUT) + place
     tl.store(y_ptr + pixel[None, :] * COUT + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=real)
 
 
-def constants(tile: Tile, cin: int, channels: int, cout: int) -> tuple[dict, dict]:
+def constants(tile: Tile, target: int, cin: int, channels: int, cout: int) -> tuple[dict, dict]:
     """The constexpr arguments of the two kernels.
 
     Raises:
@@ -123,9 +131,14 @@ def constants(tile: Tile, cin: int, channels: int, cout: int) -> tuple[dict, dic
     bn = divisor(tile.bn, cout)
     if bn < 16:
         raise ValueError(f"weight has {cout} output channels; they must be a multiple of 16")
-    shared = {"C": channels, "SPLITS": SPLITS, "BM": tile.bm}
+    shared = {"C": channels, "SPLITS": SPLITS, "FENCE": needs_fence(target), "BM": tile.bm}
     return (
-        {**shared, "CIN": cin, "BN": min(tile.bn, channels), "BK": bk},
+        {
+            **shared,
+            "CIN": cin,
+            "BN": min(tile.bn, channels),
+            "BK": bk,
+        },
         {**shared, "COUT": cout, "BN": bn},
     )
 
@@ -134,8 +147,9 @@ def _launch(x, weight_encoder, bias_encoder, weight, bias, out, images, *, targe
     """Compute the first `images` images of the result into `out`."""
     cin, channels, cout = x.shape[3], len(weight_encoder), len(weight)
     check_rows(images * OUT.value**2)
-    tile = tile or from_table(TILES, target or target_of(x), images)
-    encode, decode = constants(tile, cin, channels, cout)
+    target = target or target_of(x)
+    tile = tile or from_table(TILES, target, images)
+    encode, decode = constants(tile, target, cin, channels, cout)
     if images == 0:
         return
     parts = bias.new_empty((SPLITS, images, channels))

@@ -14,6 +14,29 @@ def relu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def proxy_fence(step):
+    """What was copied to shared memory before is seen by the tensor cores after; see `needs_fence`.
+
+    `step` is the loop's int32 variable: it keeps the fence inside the loop. It is not changed.
+    """
+    tl.inline_asm_elementwise(
+        "{ fence.proxy.async.shared::cta; mov.b32 $0, $1; }", "=r,r", [step],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+def needs_fence(target: int) -> bool:
+    """Whether a product of operands that cp.async fetches needs a `proxy_fence` before it.
+
+    wgmma reads shared memory through another proxy than cp.async writes it. Triton 3.9 puts the
+    fence there, 3.6 does not; in between it is put in twice rather than not at all. The interpreter
+    has no such thing.
+    """
+    newest = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    return target // 10 == 9 and newest < (3, 9) and not interpreted()
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels in the interpreter (it reads the variable at import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

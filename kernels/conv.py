@@ -11,7 +11,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from .common import relu, target_of
+from .common import needs_fence, relu, target_of
 from .grouped import (
     Tile,
     accumulate_conv,
@@ -86,6 +86,7 @@ def _conv_kernel(
     POOL_SCALE: tl.constexpr,
     SCALED: tl.constexpr,
     USE_TMA: tl.constexpr,
+    FENCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -110,7 +111,7 @@ def _conv_kernel(
         image, y, x,
         height, width,
         w, None, first, K * K,
-        CIN, K, PAD, PAD + POOL_PAD > 0, USE_TMA, BN, BK,
+        CIN, K, PAD, PAD + POOL_PAD > 0, USE_TMA, FENCE, BN, BK,
     )  # fmt: skip
 
     n = first + tl.arange(0, BN)
@@ -181,6 +182,7 @@ def constants(
         "POOL_SCALE": pool_scale,
         "SCALED": scaled,
         "USE_TMA": uses_tma(target),
+        "FENCE": needs_fence(target),
         "BM": tile.bm,
         "BN": bn,
         "BK": bk,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .common import proxy_fence
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those with a row in every tile table
 FP8_MIN_TARGET = 89
 FP8_MAX = tl.constexpr(448.0)  # largest finite float8_e4m3fn
@@ -188,6 +190,7 @@ def accumulate_conv(
     PAD: tl.constexpr,
     MASKED: tl.constexpr,  # whether a tap can lie outside the image: it reads as zero
     USE_TMA: tl.constexpr,
+    FENCE: tl.constexpr,  # of `needs_fence`
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
@@ -215,6 +218,8 @@ def accumulate_conv(
             b = w.load([first_row, k * BK])
         else:
             b = tl.load(b_ptrs + k * BK)
+        if FENCE:
+            proxy_fence(k)
         acc = tl.dot(a, b.T, acc)
         if w_tail is not None:
             tail = tl.dot(a, w_tail.load([first_row + BN, k * BK]).T, tail)

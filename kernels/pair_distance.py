@@ -12,7 +12,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from .common import target_of
+from .common import needs_fence, target_of
 from .grouped import (
     Tile,
     accumulate_conv,
@@ -82,6 +82,7 @@ def _pair_distance_kernel(
     K: tl.constexpr,
     SCALED: tl.constexpr,
     USE_TMA: tl.constexpr,
+    FENCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BN_TAIL: tl.constexpr,  # further channels in a second accumulator, or 0
@@ -111,15 +112,17 @@ def _pair_distance_kernel(
     # shared memory, while those of two branches would be given their own beside it.
     acc, tail = accumulate_conv(
         acc, tail, student_ptr, image, y, x, height, width,
-        w_student, s_tail, student_first, K * K, CS, K, 0, False, USE_TMA, BN, BK,
+        w_student, s_tail, student_first, K * K, CS, K, 0, False, USE_TMA, FENCE, BN, BK,
     )  # fmt: skip
     acc, tail = accumulate_conv(
         acc, tail, teacher_ptr, image, y, x, height, width,
-        w_teacher, t_tail, first, tl.where(is_ae, 0, K * K), CT, K, 0, False, USE_TMA, BN, BK,
+        w_teacher, t_tail, first, tl.where(is_ae, 0, K * K), CT, K, 0, False,
+        USE_TMA, FENCE, BN, BK,
     )  # fmt: skip
     acc, tail = accumulate_conv(
         acc, tail, autoencoder_ptr, image, y, x, out_height, out_width,
-        w_autoencoder, a_tail, first, tl.where(is_ae, 9, 0), CA, 3, 1, True, USE_TMA, BN, BK_AE,
+        w_autoencoder, a_tail, first, tl.where(is_ae, 9, 0), CA, 3, 1, True,
+        USE_TMA, FENCE, BN, BK_AE,
     )  # fmt: skip
 
     partial = tl.zeros((BM,), dtype=tl.float32)
@@ -178,6 +181,7 @@ def constants(
         "K": kernel,
         "SCALED": scaled,
         "USE_TMA": uses_tma(target),
+        "FENCE": needs_fence(target),
         "BM": tile.bm,
         "BN": tile.bn,
         "BN_TAIL": tile.bn_tail,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import relu, target_of
+from .common import needs_fence, proxy_fence, relu, target_of
 from .grouped import Tile, check_rows, divisor, from_table
 
 # A tile has to fit beside a PDN's 192 KiB and 157 registers a thread: 32 KiB of shared memory and
@@ -57,6 +57,7 @@ def _strided_conv_kernel(
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
     RELU: tl.constexpr,
+    FENCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -98,6 +99,8 @@ def _strided_conv_kernel(
         a_ptrs = tl.multiple_of(a_ptrs, (2 * VECTOR, 2 * VECTOR))
         a = tl.load(a_ptrs, mask=inside, other=0.0)
         b = tl.load(w_ptrs + step * BK)  # [BN, BK]
+        if FENCE:
+            proxy_fence(step)
         acc = tl.dot(a, b.T, acc)
 
     acc += tl.load(bias_ptr + n)[None, :]
@@ -111,7 +114,15 @@ def _strided_conv_kernel(
 
 
 def constants(
-    tile: Tile, cin: int, cout: int, kernel: int, *, stride: int, padding: int, relu: bool
+    tile: Tile,
+    target: int,
+    cin: int,
+    cout: int,
+    kernel: int,
+    *,
+    stride: int,
+    padding: int,
+    relu: bool,
 ) -> dict:
     """The kernel's constexpr arguments.
 
@@ -136,6 +147,7 @@ def constants(
         "STRIDE": stride,
         "PAD": padding,
         "RELU": relu,
+        "FENCE": needs_fence(target),
         "BM": tile.bm,
         "BN": bn,
         "BK": bk,
@@ -147,9 +159,17 @@ def _launch(x, weight, bias, out, size, *, stride, padding, relu, target, tile) 
     n, height, width, cin = x.shape
     pixels = n * size[0] * size[1]
     check_rows(pixels)
-    tile = tile or from_table(TILES, target or target_of(x), pixels)
+    target = target or target_of(x)
+    tile = tile or from_table(TILES, target, pixels)
     values = constants(
-        tile, cin, weight.shape[0], weight.shape[1], stride=stride, padding=padding, relu=relu
+        tile,
+        target,
+        cin,
+        weight.shape[0],
+        weight.shape[1],
+        stride=stride,
+        padding=padding,
+        relu=relu,
     )
     if pixels == 0:
         return

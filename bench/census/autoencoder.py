@@ -36,7 +36,7 @@ def _strided_case(arch: int, layer: AutoencoderLayer, batch: int, dtype: str) ->
     cells = 9 if layer.name == "e6" else layer.cells
     tile = grouped.from_table(strided_conv.TILES, arch, batch * cells**2)
     values = strided_conv.constants(
-        tile, cin, layer.cout, layer.kernel,
+        tile, arch, cin, layer.cout, layer.kernel,
         stride=layer.stride, padding=layer.padding, relu=layer.relu,
     )  # fmt: skip
     signature = {
@@ -76,7 +76,7 @@ def _resize_case(arch: int, layer: AutoencoderLayer, batch: int, dtype: str) -> 
 
 def _bottleneck_cases(arch: int, dtype: str) -> Iterator[CensusCase]:
     tile = grouped.from_table(bottleneck.TILES, arch, 1)
-    encode, decode = bottleneck.constants(tile, *(DECODER,) * 3)
+    encode, decode = bottleneck.constants(tile, arch, *(DECODER,) * 3)
     yield _case(
         "bottleneck", f"encode {encode['BN']}x{encode['BM']}x{encode['BK']}", dtype,
         bottleneck._encode_kernel,

@@ -73,7 +73,11 @@ FIRST = (
 )
 RESIZE = (
     Tile(16, 64, K, warps=4, stages=1),
+    Tile(16, 64, K, warps=4, stages=2),
+    Tile(16, 64, K, warps=4, stages=3),
     Tile(32, 64, K, warps=4, stages=1),
+    Tile(32, 64, K, warps=4, stages=2),
+    Tile(32, 64, K, warps=4, stages=3),
     Tile(64, 64, K, warps=4, stages=1),
     Tile(64, 64, 64, warps=4, stages=1),
     Tile(128, 64, 64, warps=8, stages=1),
@@ -100,7 +104,10 @@ PLAN: tuple[tuple[str, str, tuple[int, ...], tuple[Tile, ...]], ...] = (
     ("M", "conv2", (32, 1), PDN),
     ("M", "conv5", (32, 1), PDN),
     ("S", "conv1", (32, 1), FIRST),
-    (BOTH, "d6", (32, 1), RESIZE),
+    (BOTH, "d6", (1, 32), RESIZE),
+    (BOTH, "d5", (1,), RESIZE),
+    (BOTH, "d4", (1,), RESIZE[:6]),
+    (BOTH, "d7", (1,), RESIZE),
     (BOTH, "bottleneck", (1, 32), BOTTLENECK),
     ("M", "conv4", (32,), PDN),
     ("M", "pair", (32, 1), PAIR),
