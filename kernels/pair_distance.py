@@ -3,6 +3,9 @@
 No tensor with 384 or 768 channels is ever written: a program accumulates the student's (negated)
 convolution and the teacher's or the autoencoder's into one tile, squares it and sums it over its
 channels. The channel slices are partial maps, so the sum is deterministic and needs no atomics.
+
+Where the autoencoder is what one waits for, `student_distance` does all that does not need it (the
+teacher's map and the student's second half, kept in float32), and `autoencoder_distance` the rest.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ def _pair_distance_kernel(
     t_tail, s_tail, a_tail,  # the same in boxes of BN_TAIL rows, or None
     bias_ptr,  # (2 C,) float32
     scale_ptr,  # (2 C,) float32, read if SCALED
-    st_ptr, ae_ptr,  # (C // (BN + BN_TAIL), n_pixels) float32 each
+    st_ptr, ae_ptr,  # (C // (BN + BN_TAIL), n_pixels) float32 each; if SPLIT ae is (n_pixels, C)
     height, width,
     out_height, out_width,
     n_pixels,  # N * out_height * out_width
@@ -81,6 +84,7 @@ def _pair_distance_kernel(
     CA: tl.constexpr,
     K: tl.constexpr,
     SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,  # the student's second half is stored as it is, without the autoencoder
     USE_TMA: tl.constexpr,
     FENCE: tl.constexpr,
     BM: tl.constexpr,
@@ -90,7 +94,7 @@ def _pair_distance_kernel(
     BK_AE: tl.constexpr,
 ):  # fmt: skip
     # The kind with the longer K goes first: the short tiles then fill the gaps at the end.
-    ST_FIRST: tl.constexpr = K * K * CT >= 9 * CA
+    ST_FIRST: tl.constexpr = SPLIT or K * K * CT >= 9 * CA
     SLICES: tl.constexpr = C // (BN + BN_TAIL)
     pid = tl.program_id(0)
     second = pid >= tiles_per_kind
@@ -119,21 +123,71 @@ def _pair_distance_kernel(
         w_teacher, t_tail, first, tl.where(is_ae, 0, K * K), CT, K, 0, False,
         USE_TMA, FENCE, BN, BK,
     )  # fmt: skip
-    acc, tail = accumulate_conv(
-        acc, tail, autoencoder_ptr, image, y, x, out_height, out_width,
-        w_autoencoder, a_tail, first, tl.where(is_ae, 9, 0), CA, 3, 1, True,
-        USE_TMA, FENCE, BN, BK_AE,
-    )  # fmt: skip
-
-    partial = tl.zeros((BM,), dtype=tl.float32)
-    if BN_TAIL > 0:  # first, so that its registers are free when the other's factors are loaded
-        partial += _sum_of_squares(tail, bias_ptr, scale_ptr, student_first + BN, SCALED, BN_TAIL)
-    partial += _sum_of_squares(acc, bias_ptr, scale_ptr, student_first, SCALED, BN)
-    offset = channel_slice.to(tl.int64) * n_pixels + m
-    if is_ae:
-        tl.store(ae_ptr + offset, partial * (1.0 / C), mask=m < n_pixels)
+    if SPLIT:
+        if is_ae:
+            n = first + tl.arange(0, BN)
+            place = m.to(tl.int64)[:, None] * C + n[None, :]
+            tl.store(ae_ptr + place, acc, mask=(m < n_pixels)[:, None])
+        else:
+            partial = _sum_of_squares(acc, bias_ptr, scale_ptr, student_first, SCALED, BN)
+            offset = channel_slice.to(tl.int64) * n_pixels + m
+            tl.store(st_ptr + offset, partial * (1.0 / C), mask=m < n_pixels)
     else:
-        tl.store(st_ptr + offset, partial * (1.0 / C), mask=m < n_pixels)
+        acc, tail = accumulate_conv(
+            acc, tail, autoencoder_ptr, image, y, x, out_height, out_width,
+            w_autoencoder, a_tail, first, tl.where(is_ae, 9, 0), CA, 3, 1, True,
+            USE_TMA, FENCE, BN, BK_AE,
+        )  # fmt: skip
+
+        partial = tl.zeros((BM,), dtype=tl.float32)
+        if BN_TAIL > 0:  # first, so that its registers are free when the other's factors are loaded
+            partial += _sum_of_squares(
+                tail, bias_ptr, scale_ptr, student_first + BN, SCALED, BN_TAIL
+            )
+        partial += _sum_of_squares(acc, bias_ptr, scale_ptr, student_first, SCALED, BN)
+        offset = channel_slice.to(tl.int64) * n_pixels + m
+        if is_ae:
+            tl.store(ae_ptr + offset, partial * (1.0 / C), mask=m < n_pixels)
+        else:
+            tl.store(st_ptr + offset, partial * (1.0 / C), mask=m < n_pixels)
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_pixels"])
+def _autoencoder_distance_kernel(
+    x_ptr,  # (N, height, width, CA)
+    w,  # (C, 9 * CA), a descriptor if USE_TMA
+    student_ptr,  # (n_pixels, C) float32
+    bias_ptr,  # (C,) float32
+    scale_ptr,  # (C,) float32, read if SCALED
+    ae_ptr,  # (C // BN, n_pixels) float32
+    height, width,
+    n_pixels,  # N * height * width
+    C: tl.constexpr,
+    CA: tl.constexpr,
+    SCALED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    FENCE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    SLICES: tl.constexpr = C // BN
+    channel_slice = tl.program_id(0) % SLICES
+    first = channel_slice * BN
+    m = (tl.program_id(0) // SLICES) * BM + tl.arange(0, BM)
+    image, y, x, _ = output_pixel(m, height, width, False)  # [BM] each
+    image = tl.where(m < n_pixels, image, 0)  # the last tile's spare rows read image 0
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc, _ = accumulate_conv(
+        acc, acc, x_ptr, image, y, x, height, width,
+        w, None, first, 9, CA, 3, 1, True, USE_TMA, FENCE, BN, BK,
+    )  # fmt: skip
+    n = first + tl.arange(0, BN)
+    place = m.to(tl.int64)[:, None] * C + n[None, :]
+    acc += tl.load(student_ptr + place, mask=(m < n_pixels)[:, None], other=0.0)
+    partial = _sum_of_squares(acc, bias_ptr, scale_ptr, first, SCALED, BN)
+    offset = channel_slice.to(tl.int64) * n_pixels + m
+    tl.store(ae_ptr + offset, partial * (1.0 / C), mask=m < n_pixels)
 
 
 def choose_tile(target: int, pixels: int, channels: int) -> Tile:
@@ -159,6 +213,7 @@ def constants(
     kernel: int,
     *,
     scaled: bool = False,
+    split: bool = False,
 ) -> dict:
     """The kernel's constexpr arguments; `channels` are C, Ct, Cs and Ca, item sizes bytes.
 
@@ -180,6 +235,7 @@ def constants(
         "CA": ca,
         "K": kernel,
         "SCALED": scaled,
+        "SPLIT": split,
         "USE_TMA": uses_tma(target),
         "FENCE": needs_fence(target),
         "BM": tile.bm,
@@ -191,11 +247,12 @@ def constants(
 
 
 def _launch(
-    teacher, student, autoencoder, weights, bias, scale, out, out_size, target: int, tile: Tile
-) -> None:
+    teacher, student, autoencoder, weights, bias, scale, out, out_size, target: int, tile: Tile,
+    split: bool = False,
+) -> None:  # fmt: skip
     """Runs the kernel over `out_size` cells an image; the caller vouches for every extent.
 
-    `weights` are those of the teacher, the student and the autoencoder.
+    `weights` are those of the teacher, the student and the autoencoder (not read if `split`).
     """
     n, height, width, ct = teacher.shape
     cs, ca = student.shape[3], autoencoder.shape[3]
@@ -210,7 +267,7 @@ def _launch(
     check_rows(pixels)
     values = constants(
         tile, target, teacher.dtype.itemsize, autoencoder.dtype.itemsize, (c, ct, cs, ca), kernel,
-        scaled=scale is not None,
+        scaled=scale is not None, split=split,
     )  # fmt: skip
     if pixels == 0:
         return
@@ -293,3 +350,134 @@ def pair_distance(
     weights = (weight_teacher, weight_student, weight_autoencoder)
     _launch(teacher, student, autoencoder, weights, bias, scale, out, size, target, tile)
     return tuple(out)
+
+
+# 147 programs for one image, and the decoder's last layer has 9 steps.
+_LAST = Tile(64, 128, 128, warps=4, stages=4)
+LAST_TILES = {
+    80: ((None, replace(_LAST, stages=3)),),
+    86: ((None, replace(_LAST, stages=3)),),
+    89: ((None, replace(_LAST, stages=3)),),
+    90: ((None, _LAST),),
+    100: ((None, _LAST),),
+    120: ((None, replace(_LAST, stages=3)),),
+}
+
+
+def student_distance(
+    teacher,
+    student,
+    weight_teacher,
+    weight_student,
+    bias,
+    *,
+    scale=None,
+    out=None,
+    target: int | None = None,
+    tile: Tile | None = None,
+) -> tuple:
+    """The part of `pair_distance` that does not need the autoencoder.
+
+    Args:
+        teacher, student, weight_teacher, weight_student, bias, scale, target: as there.
+        out: (map_st, second), where the results go; None allocates them.
+        tile: instead of the table's, without `bn_tail`.
+
+    Returns:
+        map_st: (P, N, H - K + 1, W - K + 1) float32, partial maps as there.
+        second: (N, H - K + 1, W - K + 1, C) float32, the student's last C filters' products as they
+            are, for `autoencoder_distance`.
+
+    Raises:
+        ValueError: as `pair_distance`.
+    """
+    n, height, width, _ = teacher.shape
+    c, kernel = weight_teacher.shape[:2]
+    size = (height - kernel + 1, width - kernel + 1)
+    target = target_of(teacher) if target is None else target
+    tile = tile or choose_tile(target, 0, c)
+    if out is None:
+        out = (
+            bias.new_empty((c // tile.bn, n, *size)),
+            bias.new_empty((n, *size, c)),
+        )
+    weights = (weight_teacher, weight_student, weight_teacher)
+    _launch(
+        teacher, student, teacher, weights, bias, scale, out, size, target, tile, split=True
+    )  # fmt: skip
+    return tuple(out)
+
+
+def last_constants(
+    tile: Tile, target: int, channels: int, channels_autoencoder: int, *, scaled: bool = False
+) -> dict:
+    """The constexpr arguments of `autoencoder_distance`'s kernel.
+
+    Raises:
+        ValueError: channel counts that are no multiples of 16.
+    """
+    bk = divisor(tile.bk_bytes // 2, channels_autoencoder)
+    bn = divisor(tile.bn, channels)
+    if min(bk, bn) < 16:
+        raise ValueError(
+            f"weight_autoencoder has {channels} filters of {channels_autoencoder} channels; they "
+            "must be multiples of 16"
+        )
+    return {
+        "C": channels,
+        "CA": channels_autoencoder,
+        "SCALED": scaled,
+        "USE_TMA": uses_tma(target),
+        "FENCE": needs_fence(target),
+        "BM": tile.bm,
+        "BN": bn,
+        "BK": bk,
+    }
+
+
+def autoencoder_distance(
+    autoencoder,
+    second,
+    weight_autoencoder,
+    bias,
+    *,
+    scale=None,
+    out=None,
+    target: int | None = None,
+    tile: Tile | None = None,
+):
+    """The rest of `pair_distance`, once the autoencoder is done.
+
+    Args:
+        autoencoder, weight_autoencoder, bias, scale, target: as there.
+        second: (N, h, w, C) float32, from `student_distance`.
+        out: the result, if it is allocated.
+        tile: instead of the table's.
+
+    Returns:
+        map_ae: (P, N, h, w) float32, partial maps that sum to the map; P = C / bn.
+
+    Raises:
+        ValueError: tensors that are not aligned, channel counts that are no multiples of 16.
+    """
+    n, height, width, ca = autoencoder.shape
+    c = len(weight_autoencoder)
+    pixels = n * height * width
+    target = target_of(autoencoder) if target is None else target
+    tile = tile or from_table(LAST_TILES, target, pixels)
+    check_aligned(autoencoder=autoencoder, weight_autoencoder=weight_autoencoder)
+    check_rows(pixels)
+    values = last_constants(tile, target, c, ca, scaled=scale is not None)
+    bn = values["BN"]
+    if out is None:
+        out = second.new_empty((c // bn, n, height, width))
+    if pixels == 0:
+        return out
+    w = filters(weight_autoencoder, c, 9 * ca, bn, values["BK"], values["USE_TMA"])
+    bias = bias[c:]
+    _autoencoder_distance_kernel[(triton.cdiv(pixels, tile.bm) * (c // bn),)](
+        autoencoder, w, second, bias, bias if scale is None else scale[c:], out,
+        height, width, pixels, **values,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out

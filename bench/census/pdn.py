@@ -115,13 +115,20 @@ def _conv_case(
 
 
 def _pair_case(
-    arch: int, size: str, kernel: int, cin: tuple[int, int], pixels: int, dtype: str
+    arch: int,
+    size: str,
+    kernel: int,
+    cin: tuple[int, int],
+    pixels: int,
+    dtype: str,
+    split: bool = False,
 ) -> CensusCase:
     tile = pair_distance.choose_tile(arch, pixels, TEACHER)
     decoder = "fp16" if dtype == "fp8" else dtype
     values = pair_distance.constants(
-        tile, arch, ITEMSIZE[dtype], 2, (TEACHER, *cin, DECODER), kernel, scaled=dtype == "fp8"
-    )
+        tile, arch, ITEMSIZE[dtype], 2, (TEACHER, *cin, DECODER), kernel, scaled=dtype == "fp8",
+        split=split,
+    )  # fmt: skip
     signature = {
         "teacher_ptr": f"*{TRITON_TYPE[dtype]}",
         "student_ptr": f"*{TRITON_TYPE[dtype]}",
@@ -142,11 +149,32 @@ def _pair_case(
             constexprs[tail] = None
     return CensusCase(
         kernel="pair_distance",
-        config=f"{size} {tile.bm}x{tile.bn + tile.bn_tail}x{values['BK']}",
+        config=f"{size} {'in turn ' * split}{tile.bm}x{tile.bn + tile.bn_tail}x{values['BK']}",
         dtype=dtype,
         function=pair_distance._pair_distance_kernel,
         signature=signature,
         constexprs=constexprs,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _last_case(arch: int, pixels: int, dtype: str) -> CensusCase:
+    decoder = "fp16" if dtype == "fp8" else dtype
+    tile = grouped.from_table(pair_distance.LAST_TILES, arch, pixels)
+    values = pair_distance.last_constants(tile, arch, TEACHER, DECODER, scaled=dtype == "fp8")
+    return CensusCase(
+        kernel="autoencoder_distance",
+        config=f"{tile.bm}x{values['BN']}x{values['BK']}",
+        dtype=dtype,
+        function=pair_distance._autoencoder_distance_kernel,
+        signature={
+            "x_ptr": f"*{decoder}",
+            "w": _filters(decoder, values["BN"], values["BK"], values["USE_TMA"]),
+            **dict.fromkeys(("student_ptr", "bias_ptr", "scale_ptr", "ae_ptr"), "*fp32"),
+            **dict.fromkeys(("height", "width", "n_pixels"), "i32"),
+        },
+        constexprs=values,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -171,6 +199,9 @@ def _network_cases(
             yield _conv_case(arch, name, layer, cin[0], pixels, padded, dtype)
         else:
             yield _pair_case(arch, size, layer.kernel, cin, pixels, dtype)
+            if batch == 1:
+                yield _pair_case(arch, size, layer.kernel, cin, pixels, dtype, split=True)
+                yield _last_case(arch, pixels, dtype)
         cin = layer.couts
 
 

@@ -22,6 +22,7 @@ from efficientad.fast.fused_network import (
     Workspace,
     autoencoder,
     distance_maps,
+    distance_maps_in_turn,
     forward,
     trunk,
 )
@@ -31,6 +32,7 @@ from efficientad.ops.operators import kernel
 from efficientad.utils.devices import full_float32
 
 Maps = tuple[Tensor, Tensor]
+IN_TURN = 4  # largest batch of which all waits for the autoencoder, see `distance_maps_in_turn`
 
 
 class Kernels:
@@ -90,9 +92,15 @@ class KernelBackend:
         with self._branch():
             decoded = autoencoder(*arguments)
         features = trunk(*arguments)
+        if len(packed) <= IN_TURN:
+            return distance_maps_in_turn(self.weights, features, decoded, self._kernels, self._join)
+        self._join()
+        return distance_maps(self.weights, features, decoded, self._kernels)
+
+    def _join(self) -> None:
+        """What follows comes after the autoencoder."""
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
-        return distance_maps(self.weights, features, decoded, self._kernels)
 
     @contextmanager
     def _branch(self) -> Iterator[None]:

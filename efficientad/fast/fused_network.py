@@ -139,6 +139,25 @@ def distance_maps(
     return operations.pair_distance(*features, decoded, *weights.last, scale=weights.last_scale)
 
 
+def distance_maps_in_turn(
+    weights: FoldedWeights,
+    features: list[Tensor],
+    decoded: Tensor,
+    operations,
+    join: Callable[[], None],
+) -> tuple[Tensor, Tensor]:
+    """`distance_maps` in two launches, the first of which does not wait for the autoencoder.
+
+    Args:
+        join: called between the two; what follows it comes after the autoencoder.
+    """
+    teacher, student, autoencoder, bias = weights.last
+    scale = weights.last_scale
+    st, second = operations.student_distance(*features, teacher, student, bias, scale=scale)
+    join()
+    return st, operations.autoencoder_distance(decoded, second, autoencoder, bias, scale=scale)
+
+
 def forward(
     plan: Plan, weights: FoldedWeights, packed: Tensor, operations, run: Run = run_plainly
 ) -> tuple[Tensor, Tensor]:

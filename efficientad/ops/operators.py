@@ -30,11 +30,14 @@ KERNEL_FILES = {
 }
 
 
+PARTS = {"student_distance": "pair_distance", "autoencoder_distance": "pair_distance"}
+
+
 def kernel(operation: str) -> Callable:
-    """The Triton implementation of an operation."""
+    """The Triton implementation of an operation or of a part of one."""
     from efficientad import kernels
 
-    module = importlib.import_module(f"{kernels.__name__}.{KERNEL_FILES[operation]}")
+    module = importlib.import_module(f"{kernels.__name__}.{(KERNEL_FILES | PARTS)[operation]}")
     return getattr(module, operation)
 
 

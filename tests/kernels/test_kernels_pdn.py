@@ -346,6 +346,9 @@ PAIR_CASES = [  # n, h, w, ct, cs, ca, k; 32 pixels a tile
 PAIR_TILES = [(SMALL, 80), (SMALL, 90), (Tile(32, 32, 32, 4, 2, bn_tail=16), 90)]
 
 
+STUDENT_PART = ("teacher", "student", "weight_teacher", "weight_student", "bias")
+
+
 def summed(maps) -> list[Tensor]:
     return [m.sum(0, keepdim=True) for m in maps]
 
@@ -385,6 +388,50 @@ def test_pair_distance_with_the_tables_tiles(target, large, device, monkeypatch)
     swapped = reference.pair_distance(**{**arguments, "weight_student": halves})
     with pytest.raises(AssertionError):
         close(summed(got), swapped)
+
+
+@pytest.mark.parametrize("case", PAIR_CASES)
+@pytest.mark.parametrize(("tile", "target"), PAIR_TILES[:2])
+def test_pair_distance_in_two_parts(case, tile, target, device):
+    skip_unless_possible(device, target=target)
+    n, h, w, _, _, _, k = case
+    arguments = pair_arguments(*case, 48, device)
+    slices, size = 48 // tile.bn, (h - k + 1, w - k + 1)
+    out = [result((slices, n, *size), torch.float32, device) for _ in range(2)]
+    second = result((n, *size, 48), torch.float32, device)
+    options = {"target": target, "tile": tile}
+    pair_distance.student_distance(
+        *(arguments[name] for name in STUDENT_PART), out=(out[0].tensor, second.tensor), **options
+    )
+    second.check()
+    pair_distance.autoencoder_distance(
+        arguments["autoencoder"], second.tensor, arguments["weight_autoencoder"],
+        arguments["bias"], out=out[1].tensor, **options,
+    )  # fmt: skip
+    want = reference.pair_distance(**arguments)
+    close(summed([o.check() for o in out]), want)
+
+
+@pytest.mark.parametrize("dtype", [F16, F8], ids=str)
+@pytest.mark.parametrize("target", [80, 90])
+def test_two_parts_with_the_tables_tiles(dtype, target, device):
+    skip_unless_possible(device, dtype, target)
+    if dtype == F8 and target == 80:
+        pytest.skip("sm_80 has no fp8")
+    arguments = pair_arguments(1, 9, 15, 64, 128, 64, 1, 384, device, dtype)
+    scale = place(torch.linspace(0.5, 2, 768), device) if dtype == F8 else None
+    options = {"scale": scale, "target": target}
+    st, second = pair_distance.student_distance(
+        *(arguments[name] for name in STUDENT_PART), **options
+    )
+    ae = pair_distance.autoencoder_distance(
+        arguments["autoencoder"], second, arguments["weight_autoencoder"], arguments["bias"],
+        **options,
+    )  # fmt: skip
+    want = reference.pair_distance(**arguments, scale=scale)
+    close(summed((st, ae)), want)
+    with pytest.raises(AssertionError):
+        close(summed((ae, st)), want)
 
 
 def test_pair_distance_in_fp8(device):
