@@ -2,7 +2,8 @@
 
 An implicit matrix product as in `strided_conv`, but a row of A is computed while it is loaded: four
 cells of the small image, weighted in float32 and rounded to x's dtype. The resized image, four
-times as large as its source in most layers, is never written.
+times as large as its source in most layers, is never written; but for many pixels on sm_90, where
+the convolution of a resized image is the faster (the gather then limits, not the launches).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import conv
 from .common import relu, target_of
-from .grouped import Tile, check_rows, divisor, from_table
+from .grouped import Tile, architecture, check_rows, divisor, from_table
 
 # No software pipelining (one stage): what arrives is not an operand but a quarter of one, and two
 # stages would hold four images of it, 48 to 96 KiB. Several programs on a multiprocessor hide the
@@ -37,6 +39,10 @@ TILES = {
     100: ((4096, _FEW), (32768, _SOME), (None, _MANY)),
     120: ((4096, _FEW), (32768, _SOME), (None, _MANY)),
 }
+# More output pixels than these are resized first and then convolved, on these architectures.
+APART = {90: 32768}
+APART_TILE = Tile(256, 64, 128, warps=8, stages=4)
+APART_PIXELS = 32  # of a program that resizes
 MAX_ELEMENTS = 2**31 - 1  # of one small image, whose offsets are int32
 
 
@@ -138,6 +144,36 @@ def _resize_conv_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["height", "width", "up_height", "up_width", "n_pixels"])
+def _resize_kernel(
+    x_ptr,  # (N, height, width, CIN)
+    y_ptr,  # (N, up_height, up_width, CIN)
+    height, width,
+    up_height, up_width,
+    n_pixels,  # N * up_height * up_width
+    scale_y, scale_x,  # height / up_height, width / up_width
+    CIN: tl.constexpr,  # a power of two
+    BM: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    real = (m < n_pixels)[:, None]
+    y0, y1, fy = _source((m // up_width) % up_height, height, up_height, scale_y)
+    x0, x1, fx = _source(m % up_width, width, up_width, scale_x)
+    image = (m // (up_width * up_height)).to(tl.int64)
+    c = tl.arange(0, CIN)[None, :]
+    x_ptrs = x_ptr + (image * height * width * CIN)[:, None] + c  # [BM, CIN]
+    p00 = x_ptrs + ((y0 * width + x0) * CIN)[:, None]
+    p01 = x_ptrs + ((y0 * width + x1) * CIN)[:, None]
+    p10 = x_ptrs + ((y1 * width + x0) * CIN)[:, None]
+    p11 = x_ptrs + ((y1 * width + x1) * CIN)[:, None]
+    a = tl.load(p00, mask=real, other=0.0).to(tl.float32) * ((1 - fy) * (1 - fx))[:, None]
+    a += tl.load(p01, mask=real, other=0.0).to(tl.float32) * ((1 - fy) * fx)[:, None]
+    a += tl.load(p10, mask=real, other=0.0).to(tl.float32) * (fy * (1 - fx))[:, None]
+    a += tl.load(p11, mask=real, other=0.0).to(tl.float32) * (fy * fx)[:, None]
+    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * CIN + c
+    tl.store(y_ptrs, a.to(y_ptr.dtype.element_ty), mask=real)
+
+
 def constants(tile: Tile, cin: int, cout: int, kernel: int, *, padding: int) -> dict:
     """The kernel's constexpr arguments.
 
@@ -178,7 +214,11 @@ def _launch(x, weight, bias, out, size, *, padding, rows, cols, target, tile) ->
     pixels = n * n_rows * n_cols
     check_rows(pixels)
     _check_extents(x.shape, size)
-    tile = tile or from_table(TILES, target or target_of(x), pixels)
+    target = target or target_of(x)
+    if tile is None and _apart(target, pixels, cin):
+        _launch_apart(x, weight, bias, out, size, padding, target)
+        return
+    tile = tile or from_table(TILES, target, pixels)
     values = constants(tile, cin, cout, kernel, padding=padding)
     if pixels == 0:
         return
@@ -187,6 +227,26 @@ def _launch(x, weight, bias, out, size, *, padding, rows, cols, target, tile) ->
         n_rows, n_cols, pixels, height / size[0], width / size[1], **values,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _apart(target: int, pixels: int, cin: int) -> bool:
+    """Whether the resize is a launch of its own."""
+    limit = APART.get(architecture(target))
+    return limit is not None and pixels > limit and cin & (cin - 1) == 0
+
+
+def _launch_apart(x, weight, bias, out, size, padding: int, target: int) -> None:
+    n, height, width, cin = x.shape
+    up = x.new_empty((n, *size, cin))
+    pixels = n * size[0] * size[1]
+    check_rows(pixels)
+    _resize_kernel[(triton.cdiv(pixels, APART_PIXELS),)](
+        x, up, height, width, *size, pixels, height / size[0], width / size[1],
+        CIN=cin, BM=APART_PIXELS, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    conv.conv_relu(
+        [up], [weight], [bias], padding=padding, out=[out], target=target, tile=APART_TILE
+    )
 
 
 def resize_conv_relu(
@@ -211,7 +271,7 @@ def resize_conv_relu(
         size: rows and columns that the resize gives; the resized values are rounded to x's dtype.
         padding: zeros on every side of the resized image.
         rows, cols: int32 on x's device, the rows and columns of the result that are needed; None
-            is all. The others are not written.
+            is all. The others need not be written.
         out: the result, if it is allocated.
         target: compute capability such as 90; None is that of x's device.
         tile: instead of the table's row.
