@@ -193,10 +193,15 @@ def anomaly_map(
         A combined value that is not finite is NaN in the map, and the image's score is NaN.
 
     Raises:
-        ValueError: a map of more than 2**30 pixels.
+        ValueError: maps of different shapes, or of more than 2**30 pixels.
     """
     if map_st.ndim == 3:
         map_st, map_ae = map_st[None], map_ae[None]
+    if map_st.shape != map_ae.shape:
+        raise ValueError(
+            f"map_st has shape {tuple(map_st.shape)} and map_ae {tuple(map_ae.shape)}; they must "
+            "be equal, the number of partial maps included"
+        )
     n = map_st.shape[1]
     if out is None:
         shape = (n, *size)

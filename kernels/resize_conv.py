@@ -40,7 +40,7 @@ TILES = {
     120: ((4096, _FEW), (32768, _SOME), (None, _MANY)),
 }
 # More output pixels than these are resized first and then convolved, on these architectures.
-APART = {90: 32768}
+APART = {90: 12000}
 APART_TILE = Tile(256, 64, 128, warps=8, stages=4)
 APART_PIXELS = 32  # of a program that resizes
 MAX_ELEMENTS = 2**31 - 1  # of one small image, whose offsets are int32

@@ -32,7 +32,7 @@ from efficientad.ops.operators import kernel
 from efficientad.utils.devices import full_float32
 
 Maps = tuple[Tensor, Tensor]
-IN_TURN = 4  # largest batch of which all waits for the autoencoder, see `distance_maps_in_turn`
+IN_TURN = 1  # largest batch in which all waits for the autoencoder, see `distance_maps_in_turn`
 
 
 class Kernels:

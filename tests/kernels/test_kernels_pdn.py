@@ -570,7 +570,7 @@ def _far_kernel(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     acc, _ = accumulate_conv(
         acc, acc, near, y + image, y, m, height, width,
-        w_ptr, None, 0, 1, CIN, 1, 0, False, False, BN, BK,
+        w_ptr, None, 0, 1, CIN, 1, 0, False, False, False, BN, BK,
     )  # fmt: skip
     tl.store(y_ptr + m[:, None] * BN + tl.arange(0, BN)[None, :], acc)
 
@@ -595,7 +595,7 @@ def test_bad_arguments_are_named(device):
             function(**{**good, **changes}, target=target)
 
     for name in ("weight", "bias"):
-        refuses(rf"{name}\[1\].*torch.cat", **{name: [t.clone() for t in good[name]]})
+        refuses(rf"{name}\[1\].*torch.cat", **{name: good[name][::-1]})
     odd = torch.zeros(257, dtype=F16, device=device)[1:].view(1, 4, 4, 16)
     refuses(r"x\[0\] starts 2 bytes", x=[odd, odd])
     refuses("3 networks", **layer(1, 4, 4, 16, (16, 16, 16), 1, device))
