@@ -224,3 +224,13 @@ def accumulate_conv(
         if w_tail is not None:
             tail = tl.dot(a, w_tail.load([first_row + BN, k * BK]).T, tail)
     return acc, tail
+
+
+@triton.jit
+def sum_of_squares(acc, bias_ptr, scale_ptr, first, SCALED: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN] accumulated products -> [BM], over the channels from `first` on."""
+    n = first + tl.arange(0, BN)
+    if SCALED:
+        acc *= tl.load(scale_ptr + n)[None, :]
+    acc += tl.load(bias_ptr + n)[None, :]
+    return tl.sum(acc * acc, axis=1)

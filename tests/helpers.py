@@ -71,6 +71,8 @@ _TILES = {
     "conv_relu": (256, 256, 8, 3),
     "conv_relu_pool": (256, 256, 8, 3),
     "pair_distance": (128, 256, 8, 3),
+    "student_distance": (128, 256, 8, 3),
+    "autoencoder_distance": (128, 256, 8, 3),
     "strided_conv_relu": (64, 256, 4, 1),
     "resize_conv_relu": (64, 128, 4, 1),
 }
@@ -80,7 +82,7 @@ def interpreted(pixels: Mapping[str, int]) -> types.SimpleNamespace:
     """The kernels; those in `pixels` with so many pixels to a program."""
     from efficientad.kernels.grouped import Tile
 
-    calls = {name: operators.kernel(name) for name in operators.KERNEL_FILES}
+    calls = {name: operators.kernel(name) for name in operators.KERNEL_FILES | operators.PARTS}
     for name, count in pixels.items():
         calls[name] = partial(calls[name], tile=Tile(count, *_TILES[name]))
     return types.SimpleNamespace(**calls)

@@ -53,6 +53,8 @@ def interpreted_small() -> types.SimpleNamespace:
         "conv_relu": 512,
         "conv_relu_pool": 512,
         "pair_distance": 256,
+        "student_distance": 256,
+        "autoencoder_distance": 256,
     }
     return helpers.interpreted(pixels)
 

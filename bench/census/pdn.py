@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from bench.census.case import CensusCase, each_once
 from bench.shapes import DECODER, IMAGE, PDN, TEACHER, PdnLayer
-from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
+from efficientad.kernels import autoencoder_distance, conv, first_conv, grouped, pack, pair_distance
 
 BATCHES = (1, 32)  # either side of every limit in the tile tables
 TRITON_TYPE = {"fp16": "fp16", "bf16": "bf16", "fp8": "fp8e4nv", "uint8": "u8", "fp32": "fp32"}
@@ -161,13 +161,13 @@ def _pair_case(
 
 def _last_case(arch: int, pixels: int, dtype: str) -> CensusCase:
     decoder = "fp16" if dtype == "fp8" else dtype
-    tile = grouped.from_table(pair_distance.LAST_TILES, arch, pixels)
-    values = pair_distance.last_constants(tile, arch, TEACHER, DECODER, scaled=dtype == "fp8")
+    tile = grouped.from_table(autoencoder_distance.TILES, arch, pixels)
+    values = autoencoder_distance.constants(tile, arch, TEACHER, DECODER, scaled=dtype == "fp8")
     return CensusCase(
         kernel="autoencoder_distance",
         config=f"{tile.bm}x{values['BN']}x{values['BK']}",
         dtype=dtype,
-        function=pair_distance._autoencoder_distance_kernel,
+        function=autoencoder_distance._autoencoder_distance_kernel,
         signature={
             "x_ptr": f"*{decoder}",
             "w": _filters(decoder, values["BN"], values["BK"], values["USE_TMA"]),

@@ -28,9 +28,8 @@ KERNEL_FILES = {
     "bottleneck": "bottleneck",
     "anomaly_map": "anomaly_map",
 }
-
-
-PARTS = {"student_distance": "pair_distance", "autoencoder_distance": "pair_distance"}
+# Parts of an operation, which have no operator of their own.
+PARTS = {"student_distance": "pair_distance", "autoencoder_distance": "autoencoder_distance"}
 
 
 def kernel(operation: str) -> Callable:

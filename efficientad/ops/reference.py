@@ -215,6 +215,54 @@ def pair_distance(
     return st.mean(1)[None], ae.mean(1)[None]
 
 
+def student_distance(
+    teacher: Tensor,
+    student: Tensor,
+    weight_teacher: Tensor,
+    weight_student: Tensor,
+    bias: Tensor,
+    *,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The part of `pair_distance` that does not need the autoencoder.
+
+    Args: as there.
+
+    Returns:
+        map_st: (P, N, H - K + 1, W - K + 1) float32, partial maps as there.
+        second: (N, H - K + 1, W - K + 1, C) float32, the student's last C filters' products as they
+            are, for `autoencoder_distance`.
+    """
+    c = len(weight_teacher)
+    own, second = _conv(student, weight_student).split(c, dim=1)
+    scale = None if scale is None else scale[:c]
+    difference = _scale_bias(own + _conv(teacher, weight_teacher), scale, bias[:c])
+    return difference.square().mean(1)[None], second.permute(0, 2, 3, 1).contiguous()
+
+
+def autoencoder_distance(
+    autoencoder: Tensor,
+    second: Tensor,
+    weight_autoencoder: Tensor,
+    bias: Tensor,
+    *,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """The rest of `pair_distance`: its map_ae.
+
+    Args:
+        autoencoder, weight_autoencoder, bias, scale: as there.
+        second: (N, h, w, C) float32, of `student_distance`.
+
+    Returns:
+        (P, N, h, w) float32, partial maps as there.
+    """
+    c = len(weight_autoencoder)
+    own = _conv(autoencoder, weight_autoencoder, 1, 1) + second.permute(0, 3, 1, 2)
+    difference = _scale_bias(own, None if scale is None else scale[c:], bias[c:])
+    return difference.square().mean(1)[None]
+
+
 def strided_conv_relu(
     x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 2, padding: int = 1, relu: bool = True
 ) -> Tensor:

@@ -17,7 +17,8 @@ from bench.census import compile as census
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-OVERLAPPED = ("conv_relu", "conv_relu_pool", "pair_distance")  # loads run under the products
+# Loads run under the products.
+OVERLAPPED = ("conv_relu", "conv_relu_pool", "pair_distance", "autoencoder_distance")
 # Beside a PDN's program of 192 KiB there are 34 KiB left on an H200; 16 bytes are barriers.
 BESIDE = ("strided_conv_relu", "resize_conv_relu", "bottleneck", "anomaly_map")
 BESIDE_BYTES = 32 * 1024 + 16
@@ -142,7 +143,7 @@ def test_arguments():
     assert "env -u TRITON_INTERPRET" in done.stderr
     done = run("--kernel", "convolve")
     assert done.returncode == 2
-    assert "'convolve'; it must be one of anomaly_map, bottleneck, conv_relu" in done.stderr
+    assert "'convolve'; it must be one of anomaly_map, autoencoder_distance," in done.stderr
 
 
 TTGIR = """

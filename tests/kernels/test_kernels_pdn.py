@@ -30,7 +30,7 @@ from helpers_pdn import (
 from torch import Tensor
 
 from bench.census import pdn as census_pdn
-from efficientad.kernels import conv, first_conv, grouped, pack, pair_distance
+from efficientad.kernels import autoencoder_distance, conv, first_conv, grouped, pack, pair_distance
 from efficientad.kernels.common import target_of
 from efficientad.kernels.conv import conv_relu, conv_relu_pool
 from efficientad.kernels.first_conv import first_conv_relu_pool
@@ -404,7 +404,7 @@ def test_pair_distance_in_two_parts(case, tile, target, device):
         *(arguments[name] for name in STUDENT_PART), out=(out[0].tensor, second.tensor), **options
     )
     second.check()
-    pair_distance.autoencoder_distance(
+    autoencoder_distance.autoencoder_distance(
         arguments["autoencoder"], second.tensor, arguments["weight_autoencoder"],
         arguments["bias"], out=out[1].tensor, **options,
     )  # fmt: skip
@@ -424,7 +424,7 @@ def test_two_parts_with_the_tables_tiles(dtype, target, device):
     st, second = pair_distance.student_distance(
         *(arguments[name] for name in STUDENT_PART), **options
     )
-    ae = pair_distance.autoencoder_distance(
+    ae = autoencoder_distance.autoencoder_distance(
         arguments["autoencoder"], second, arguments["weight_autoencoder"], arguments["bias"],
         **options,
     )  # fmt: skip

@@ -109,6 +109,25 @@ def test_pair_distance_by_hand():
     assert [m.item() for m in maps] == [st, ae]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_pair_distance_is_its_two_parts(scaled):
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(2, 8, 9, 6), (2, 8, 9, 5), (2, 5, 6, 7)]
+    shapes += [(3, 4, 4, 6), (6, 4, 4, 5), (3, 3, 3, 7), (6,)]
+    teacher, student, decoded, w_teacher, w_student, w_ae, bias = (
+        torch.randn(shape, generator=generator) for shape in shapes
+    )
+    scale = torch.rand(6, generator=generator) + 0.5 if scaled else None
+    want = reference.pair_distance(
+        teacher, student, decoded, w_teacher, w_student, w_ae, bias, scale=scale
+    )
+    st, second = reference.student_distance(
+        teacher, student, w_teacher, w_student, bias, scale=scale
+    )
+    ae = reference.autoencoder_distance(decoded, second, w_ae, bias, scale=scale)
+    torch.testing.assert_close((st, ae), want, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("length", "size", "count"), [(128, 56, 112), (128, 64, 128), (4, 8, 4), (9, 15, 9)]
 )
