@@ -28,8 +28,8 @@ from bench.shapes import (
 from efficientad.kernels import conv, first_conv, grouped, pair_distance, resize_conv, strided_conv
 
 SMS = 132
-TENSOR_FLOPS = 790e12  # measured on this kind of card: a large bf16 matrix product
-L2_BYTES = 7.9e12  # ASSUMPTION: what Triton's best fp8 product implies at least, unmeasured
+TENSOR_FLOPS = 790e12  # a large bf16 product on this kind of card; bench/results/h200.json: 688e12
+L2_BYTES = 7.9e12  # ASSUMPTION, too low: h200.json's conv5 of M, batch 1, implies 9.2e12
 TARGET = 90
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -162,7 +162,7 @@ def report(size: str, batches: list[int]) -> str:
         f"ESTIMATE, not measured: EfficientAD-{size}, 256x256, fp16, one H200 "
         f"({SMS} multiprocessors)",
         f"assumed: {TENSOR_FLOPS / 1e12:.0f} TFLOP/s on the tensor cores, "
-        f"{L2_BYTES / 1e12:.1f} TB/s from L2 (unmeasured)",
+        f"{L2_BYTES / 1e12:.1f} TB/s from L2",
         f"floor: {sum(network_flop(size).values()) / 1e9:.1f} GFLOP = {floor:.1f} us per image",
     ]
     head = f"  {'kernel':8} {'tile':32} {'tiles':>7} {'waves':>8} {'GFLOP':>9} {'tensor us':>9} "

@@ -1,14 +1,15 @@
-"""The figures in README.md, made from results files and checked against them.
+"""The figures in README.md and docs/kernels.md, made from results files and checked against them.
 
     python -m bench.report            # makes the tables between the markers anew
-    python -m bench.report --check    # exit 1 if README.md says anything else than the files
+    python -m bench.report --check    # exit 1 if a page says anything else than the files
 
 A table stands between two markers and is made from one file in bench/results/:
 
     <!-- figures: peers h200.json -->
     <!-- end figures -->
 
-with a name of `tables.TABLES`. Outside of these and of code a speed figure, a number with a unit of
+with a name of `tables.TABLES`. In docs/, whose site holds no results files, tables alone are checked
+and name their file without a link. Outside of these and of code a speed figure in README.md, a number with a unit of
 UNITS, needs a link behind it in the same sentence (or, if none follows, before it): to the row of a
 file in bench/results/ that holds the number in a field of that unit, to the digits that are printed
 (behind "#" stands the row's `key`; files whose rows have none are searched whole); or to a source
@@ -35,7 +36,7 @@ from bench.report.format import source
 from bench.report.tables import TABLES
 from efficientad.utils.files import write_text
 
-README = record.ROOT / "README.md"
+PAGES = ("README.md", "docs/kernels.md")
 BLOCK = re.compile(
     r"^<!-- figures: (?P<table>\S+) (?P<file>\S+) -->\n(?P<text>.*?)^<!-- end figures -->$",
     re.MULTILINE | re.DOTALL,
@@ -70,8 +71,8 @@ NOT_SPEED = (
 COMPARISON = re.compile(r"\s+(?:as\s+fast|faster|slower|the\s+speed|longer)")
 
 
-def make(text: str, root: Path) -> str:
-    """The text with every table made anew.
+def make(text: str, root: Path, linked: bool = True) -> str:
+    """The text with every table made anew; linked: results files are named by a link.
 
     Raises:
         ValueError: an unknown table, or a marker without its other half.
@@ -82,12 +83,12 @@ def make(text: str, root: Path) -> str:
 
     def filled(match: re.Match) -> str:
         head = f"<!-- figures: {match['table']} {match['file']} -->"
-        return f"{head}\n{table(match['table'], match['file'], root)}<!-- end figures -->"
+        return f"{head}\n{table(match['table'], match['file'], root, linked)}<!-- end figures -->"
 
     return BLOCK.sub(filled, text)
 
 
-def table(name: str, file: str, root: Path) -> str:
+def table(name: str, file: str, root: Path, linked: bool = True) -> str:
     """A table of a results file and the line that says where it is from."""
     if name not in TABLES:
         raise ValueError(f"figures {name!r} are asked for; they must be of {', '.join(TABLES)}")
@@ -95,23 +96,29 @@ def table(name: str, file: str, root: Path) -> str:
     if not (root / path).is_file():
         raise FileNotFoundError(f"figures {name}: {path} is missing")
     found = record.read(root / path)
-    return f"\n{TABLES[name](found)}\n\n[{file}]({path}): {source(found)}\n\n"
+    named = f"[{file}]({path})" if linked else f"`{path}`"
+    return f"\n{TABLES[name](found)}\n\n{named}: {source(found)}\n\n"
 
 
-def problems(text: str, root: Path) -> list[str]:
-    """Where the text says something else than the results files; empty if nowhere."""
+def problems(text: str, root: Path, linked: bool = True) -> list[str]:
+    """Where the text says something else than the results files; empty if nowhere.
+
+    linked: sentences are checked too, whose figures need links.
+    """
     found = []
     if len(MARKER.findall(text)) != 2 * len(BLOCK.findall(text)):
         found.append("a marker `<!-- figures: TABLE FILE -->` or its end stands alone")
     for block in BLOCK.finditer(text):
         where = f"{_line(text, block.start())}: figures {block['table']} {block['file']}"
         try:
-            wanted = table(block["table"], block["file"], root)
+            wanted = table(block["table"], block["file"], root, linked)
         except (ValueError, FileNotFoundError) as error:
             found.append(f"{where}: {error}")
             continue
         if block["text"] != wanted:
             found.append(f"{where}: {_difference(block['text'], wanted)}")
+    if not linked:
+        return found
     outside = _blanked(_blanked(text, BLOCK), CODE)
     for start, sentence in sentences(outside):
         found += [f"{_line(text, start)}: {p}" for p in _sentence_problems(sentence, root)]
@@ -203,18 +210,26 @@ def _difference(have: str, wanted: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare; write nothing")
-    parser.add_argument("--file", type=Path, default=README, help="default: README.md")
+    parser.add_argument(
+        "--file", type=Path, nargs="+", help=f"in ROOT; default: {' '.join(PAGES)}", default=PAGES
+    )
     parser.add_argument("--root", type=Path, default=record.ROOT, help="where bench/results is")
     options = parser.parse_args(argv)
-    text = options.file.read_text(encoding="utf-8")
-    if not options.check:
+    return max(_page(options.root / file, options.root, options.check) for file in options.file)
+
+
+def _page(file: Path, root: Path, check: bool) -> int:
+    """Make one page's tables anew, unless `check`, and say what is wrong with it: the exit code."""
+    text = file.read_text(encoding="utf-8")
+    linked = file.parent.resolve() == root.resolve()
+    if not check:
         try:
-            text = make(text, options.root)
+            text = make(text, root, linked)
         except (ValueError, FileNotFoundError) as error:
-            print(f"{options.file.name}: {error}", file=sys.stderr)
+            print(f"{file.name}: {error}", file=sys.stderr)
             return 1
-        write_text(options.file, text)
-    found = problems(text, options.root)
+        write_text(file, text)
+    found = problems(text, root, linked)
     for problem in found:
-        print(f"{options.file.name}, {problem}", file=sys.stderr)
+        print(f"{file.name}, {problem}", file=sys.stderr)
     return 1 if found else 0

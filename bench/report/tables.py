@@ -17,7 +17,7 @@ from typing import Any
 from bench import record
 from bench.record import Row
 from bench.report.format import DASH, dtype_name, error, markdown, number, of_kind, percent, source
-from bench.report.targets import all_verdicts, fits, targets_table
+from bench.report.targets import H200, all_verdicts, fits, targets_table
 from bench.shapes import BOTH, network_flop, paper_gflop
 
 
@@ -43,6 +43,26 @@ def end_to_end_table(found: dict[str, Any]) -> str:
     return markdown(
         ["what", "net", "pixels", "batch", "dtype", *TIMES, "images/s", *ACCURACY], lines
     )
+
+
+def overview_table(found: dict[str, Any]) -> str:
+    """A line per predictor on a GPU: its graph on the device, a call from host to host, and how
+    many times longer each peer takes."""
+    ratios = of_kind(found, "ratio")
+    peers = list(dict.fromkeys(r["against"] for r in ratios))
+    lines = []
+    for r in of_kind(found, "end_to_end"):
+        where = {name: r[name] for name in ("size", "batch", "image_size", "dtype", "device")}
+        graph = [x for x in of_kind(found, "stage") if x["name"] == "graph" and fits(x, where)]
+        mine = {x["against"]: x for x in ratios if fits(x, where)}
+        lines.append([
+            f"EfficientAD-{r['size']}", _size(r), number(r["batch"]), dtype_name(r["dtype"]),
+            number(graph[0]["p50_ms"] if graph else None), number(r["p50_ms"]),
+            number(r["images_per_s"]), *(number(mine.get(p, {}).get("ratio")) for p in peers),
+            *_accuracy(r),
+        ])  # fmt: skip
+    head = ["net", "pixels", "batch", "dtype", "graph ms", "host to host ms", "images/s"]
+    return markdown([*head, *(f"x {peer}" for peer in peers), *ACCURACY], lines)
 
 
 TIMES = ("calls", "p50 ms", "p90", "p99", "max", "spread")
@@ -185,13 +205,17 @@ def checks_table(found: dict[str, Any]) -> str:
 
 
 def _targets(found: dict[str, Any]) -> str:
-    return targets_table(all_verdicts([("this file", found)]))
+    verdicts = all_verdicts([("this file", found)])
+    if H200 in found["about"]["device"]:
+        verdicts = [v for v in verdicts if v.target.machine == H200]
+    return targets_table(verdicts)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "targets": _targets,
     "checks": checks_table,
     "ceilings": ceilings_table,
+    "overview": overview_table,
     "end-to-end": end_to_end_table,
     "peers": peers_table,
     "stages": stages_table,

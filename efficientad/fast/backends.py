@@ -32,7 +32,9 @@ from efficientad.ops.operators import kernel
 from efficientad.utils.devices import full_float32
 
 Maps = tuple[Tensor, Tensor]
-IN_TURN = 1  # largest batch in which all waits for the autoencoder, see `distance_maps_in_turn`
+# The largest batch in which all waits for the autoencoder, see `distance_maps_in_turn`: chosen on
+# measurements whose raw file was lost; the next GPU run decides.
+IN_TURN = 1
 
 
 class Kernels:

@@ -1,4 +1,4 @@
-"""README.md and the results files: a figure that the files do not give is found."""
+"""README.md, docs/kernels.md and the results files: a figure that the files do not give is found."""
 
 from __future__ import annotations
 
@@ -159,6 +159,42 @@ def test_a_figure_with_its_file_passes(folder, capsys, sentence):
     assert check(folder, "--check") == 0, capsys.readouterr().err
 
 
+def test_a_page_of_docs_names_files_without_links_and_its_tables_are_checked(folder, capsys):
+    page = folder / "docs" / "kernels.md"
+    page.parent.mkdir()
+    page.write_text("one takes 3 us\n\n<!-- figures: kernels h200.json -->\n<!-- end figures -->\n")
+    arguments = ["--file", "docs/kernels.md", "--root", str(folder)]
+    assert readme.main(arguments) == 0, capsys.readouterr().err
+    text = page.read_text()
+    assert "`bench/results/h200.json`: NVIDIA H200" in text
+    assert "](bench" not in text
+    assert readme.main(["--check", *arguments]) == 0
+    page.write_text(text.replace("51.2", "41.2"))
+    assert readme.main(["--check", *arguments]) == 1
+    assert "kernels.md, line 3: figures kernels h200.json: says" in capsys.readouterr().err
+
+
+def test_the_overview_joins_graph_call_and_peers():
+    found = made.results()
+    found["rows"] += [
+        made.stage("graph", 9.0, batch=16) | {"dtype": "bfloat16"},  # of another predictor
+        *made.peer("channels_last", 2.0, size="M", batch=32),
+    ]
+    lines = tables.overview_table(found).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    head, rows = cells[0], cells[2:]
+    assert head[4:10] == [
+        "graph ms", "host to host ms", "images/s", "x nelson1425 order, eager",
+        "x torch.compile max-autotune", "x channels_last",
+    ]  # fmt: skip
+    assert [row[0] + row[2] for row in rows] == [
+        f"EfficientAD-{s}{b}" for s in "SM" for b in (1, 16, 32)
+    ]
+    assert rows[0][4:10] == ["0.130", "0.200", "5,000", "4.00", "1.70", "-"]
+    assert rows[1][4:10] == ["-", "1.70", "9,412", "-", "-", "-"]
+    assert rows[5][4:10] == ["-", "3.30", "9,697", "-", "-", "2.00"]
+
+
 def test_markers_that_stand_alone_and_unknown_tables_are_found(folder, capsys):
     write(folder, "<!-- figures: peers h200.json -->\n\ntext\n")
     assert check(folder, "--check") == 1
@@ -170,7 +206,7 @@ def test_markers_that_stand_alone_and_unknown_tables_are_found(folder, capsys):
 
 
 @pytest.mark.skipif(not record.RESULTS.is_dir(), reason="bench/results is not in the sdist")
-def test_this_projects_readme_says_what_its_files_give(capsys):
+def test_this_projects_pages_say_what_its_files_give(capsys):
     assert readme.main(["--check"]) == 0, capsys.readouterr().err
 
 
