@@ -29,8 +29,8 @@ from .grouped import (
 # of 64x128 are held.
 _TWO = Tile(128, 128, 128, warps=8, stages=1)
 _THREE = Tile(64, 128, 128, warps=8, stages=1)
-# All 256 channels at once read the pixels once. For few images only: chosen on measurements whose raw
-# file was lost; the next GPU run decides.
+# All 256 channels at once read the pixels once. For few images only: chosen on measurements whose
+# raw file was lost; the next GPU run decides.
 _WIDE = Tile(128, 256, 128, warps=8, stages=1)
 SMALL = 8 * 126 * 126  # stored pixels: eight images of 256x256
 TILES = {

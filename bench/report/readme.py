@@ -8,12 +8,12 @@ A table stands between two markers and is made from one file in bench/results/:
     <!-- figures: peers h200.json -->
     <!-- end figures -->
 
-with a name of `tables.TABLES`. In docs/, whose site holds no results files, tables alone are checked
-and name their file without a link. Outside of these and of code a speed figure in README.md, a number with a unit of
-UNITS, needs a link behind it in the same sentence (or, if none follows, before it): to the row of a
-file in bench/results/ that holds the number in a field of that unit, to the digits that are printed
-(behind "#" stands the row's `key`; files whose rows have none are searched whole); or to a source
-elsewhere, and then the sentence must call the figure published:
+with a name of `tables.TABLES`. In docs/, whose site holds no results files, tables alone are
+checked and name their file without a link. In README.md a speed figure outside of tables and code,
+a number with a unit of UNITS, needs a link behind it in the same sentence (or, if none follows,
+before it): to the row of a file in bench/results/ that holds the number in a field of that unit, to
+the digits that are printed (behind "#" stands the row's `key`; files whose rows have none are
+searched whole); or to a source elsewhere, and then the sentence must call the figure published:
 
     one frame takes 0.21 ms ([H200](bench/results/h200.json#peer/S/256/float16/b1))
     the published figure is 2.2 ms ([paper](https://arxiv.org/abs/2303.14535))

@@ -1,4 +1,4 @@
-"""README.md, docs/kernels.md and the results files: a figure that the files do not give is found."""
+"""README.md, docs/kernels.md and results files: a figure that the files do not give is found."""
 
 from __future__ import annotations
 
