@@ -26,7 +26,8 @@ from PIL import Image
 
 from bench import record
 from efficientad.data.decoding import read_image
-from efficientad.data.images import find_images, resize_image, to_tensor
+from efficientad.data.image_files import find_images
+from efficientad.data.images import resize_image, to_tensor
 from efficientad.demo.parts import write_dataset
 from efficientad.model.detector import EfficientAD
 from efficientad.training.losses import learning_rate

@@ -69,7 +69,7 @@ def run_distill(options: argparse.Namespace) -> int:
     Raises ValueError, OSError or ImportError, whose text the command line prints.
     """
     from efficientad.checkpoint.teachers import DEFAULT_LICENSE
-    from efficientad.data.images import find_images
+    from efficientad.data.image_files import find_images
     from efficientad.distillation.backbones import check_backbone, file_digest, load_backbone
     from efficientad.distillation.distiller import Distillation
     from efficientad.distillation.recipe import Recipe

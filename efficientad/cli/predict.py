@@ -136,7 +136,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _inputs(options: argparse.Namespace) -> list[Path]:
     """The images to score, without what this or an earlier run wrote into the output folder."""
-    from efficientad.data.images import find_images
+    from efficientad.data.image_files import find_images
     from efficientad.results.output_folder import earlier_files
 
     out = options.out.resolve()

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,8 @@ import torch
 from torch import Tensor
 
 from efficientad.data.decoding import ImageError, read_image
+from efficientad.data.image_files import find_images
 from efficientad.utils.prefetch import ahead
-
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .dib .tif .tiff .gif .webp .jp2 .j2k "
-    ".ppm .pgm .pbm .pnm".split()
-)
-
 
 _Loaded = tuple[np.ndarray, tuple[int, int]] | ImageError  # resized pixels, (height, width) before
 
@@ -60,30 +54,6 @@ def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     """uint8 images (H, W, 3) of one size to float32 (N, 3, H, W) in 0..1 (value / 255)."""
     stacked = torch.from_numpy(np.stack(list(images)))
     return stacked.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
-
-
-def find_images(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    """Image files named by paths and found in folders, in a stable order.
-
-    A named file is taken whatever its suffix. A folder is searched with its subfolders for the
-    suffixes of SUFFIXES in any case; its files come in lexicographic order of their path parts, and
-    hidden files and folders (".name") are skipped. FileNotFoundError names a path that does not
-    exist, ValueError a folder without an image.
-    """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"no such file or folder: {path}")
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(_walk(path), key=lambda p: p.parts)
-        if not inside:
-            raise ValueError(f"no image in folder {path} (suffixes: {' '.join(sorted(SUFFIXES))})")
-        found.extend(inside)
-    return found
 
 
 def as_sources(sources: Any) -> Iterable[Any]:
@@ -165,18 +135,3 @@ def _batches(
 def _batch(rows: list[tuple[int, Any, np.ndarray, tuple[int, int]]]) -> Batch:
     indices, sources, images, sizes = map(list, zip(*rows, strict=True))
     return Batch(indices, to_tensor(images), sizes, sources)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Image files below a folder, through links to folders, each real folder once."""
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(parent, name)

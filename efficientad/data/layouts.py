@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from efficientad.data.datasets import GOOD, DataSet, Sample, Saturation, split_validation
-from efficientad.data.images import SUFFIXES, find_images
+from efficientad.data.image_files import SUFFIXES, find_images
 
 LAYOUTS = ("mvtec", "loco", "visa", "folder")
 _PARTS = frozenset(("train", "test", "ground_truth"))

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from efficientad.data.datasets import DataSet, Sample, split_validation
 from efficientad.data.decoding import ImageError
-from efficientad.data.images import Batch, find_images, load_batches
+from efficientad.data.image_files import find_images
+from efficientad.data.images import Batch, load_batches
 from efficientad.data.layouts import open_dataset
 from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD, check_detector
 from efficientad.model.networks import TEACHER_CHANNELS

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from efficientad.data.decoding import ImageError, read_image
-from efficientad.data.images import find_images, resize_image
+from efficientad.data.image_files import find_images
+from efficientad.data.images import resize_image
 from efficientad.utils.sampling import random_numbers, shuffled
 
 IMAGE_CACHE_BYTES = 2 * 2**30  # of decoded, resized training images, kept in memory

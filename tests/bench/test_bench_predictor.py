@@ -21,7 +21,7 @@ from bench.predictor.measurements import Bench
 from bench.predictor.options import DEFAULTS
 from bench.predictor.run import measurements, options, plan, run
 from efficientad.benchmark.contenders import ACCURACY, as_images, row
-from efficientad.data.images import find_images
+from efficientad.data.image_files import find_images
 from efficientad.fast.options import choose_dtype
 from efficientad.model.networks import PDN, Autoencoder
 

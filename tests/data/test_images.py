@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps
 
 from efficientad.data.decoding import ImageError, MissingImage, image_size, read_image, read_labels
-from efficientad.data.images import find_images, load_batches, resize_image, to_tensor
+from efficientad.data.image_files import find_images
+from efficientad.data.images import load_batches, resize_image, to_tensor
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (7, 9, 3), dtype=np.uint8)
@@ -251,12 +252,17 @@ def test_find_images(tmp_path: Path) -> None:
         "b/10.JPG",
         "a.tiff",
         "b/.hidden.png",
+        "b/._2.png",
+        "b/Thumbs.db",
         ".git/x.png",
+        "__MACOSX/b/2.png",
+        "b/@eaDir/2.png",
+        "$RECYCLE.BIN/$R1.png",
         "notes.txt",
         "b-c/1.bmp",
     ]
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"")
     found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
     assert found == ["a.tiff", "b/10.JPG", "b/2.png", "b-c/1.bmp"]

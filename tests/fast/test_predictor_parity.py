@@ -12,7 +12,8 @@ import torch
 
 from efficientad import EfficientAD, Prediction
 from efficientad.data.decoding import read_image
-from efficientad.data.images import find_images, resize_image, to_tensor
+from efficientad.data.image_files import find_images
+from efficientad.data.images import resize_image, to_tensor
 from efficientad.data.layouts import open_dataset
 from efficientad.fast import backends, self_check
 from efficientad.fast.predictor import FastPredictor
