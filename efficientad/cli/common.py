@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,12 +82,15 @@ def print_notes(notes: Sequence[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def print_metrics(metrics: dict[str, Any]) -> None:
+def print_metrics(
+    metrics: dict[str, Any], undefined: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Print figures, one a line. undefined: why one is None."""
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items():
-        shown = (
-            "undefined" if value is None else f"{value:.4f}" if isinstance(value, float) else value
-        )
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        if value is None:
+            shown = f"undefined: {undefined[name]}" if name in undefined else "undefined"
         print(f"{name:<{width}}  {shown}")
 
 

@@ -56,7 +56,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
             workers=options.workers,
             progress=progress,
         )
-    print_metrics(result.metrics)
+    print_metrics(result.metrics, result.undefined)
     print(f"report: {options.out / 'report.html'}")
     print_notes(result.notes)
     list_failed(result.failed)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from efficientad.data.decoding import image_size, read_labels
+from efficientad.data.decoding import ImageError, Shape, image_shape
+from efficientad.data.masks import placement, read_levels, read_mask, united
 
 GOOD = "good"
 
@@ -47,6 +48,18 @@ class Region(NamedTuple):
     saturation_area: int
 
 
+class Truth(NamedTuple):
+    """What is known of the pixels of a sample.
+
+    mask: anomalous pixels, bool (H, W), at the mask's own size. regions: those of saturated PRO,
+    where there are rules for it. remarks: keys of `efficientad.data.masks.REMARKS`.
+    """
+
+    mask: np.ndarray
+    regions: tuple[Region, ...]
+    remarks: frozenset[str]
+
+
 @dataclass(frozen=True)
 class DataSet:
     """Images of one object: good ones to train and validate on, good and anomalous ones to test.
@@ -75,59 +88,90 @@ class DataSet:
         return tuple(sample for sample in self.test if sample.label and not sample.masks)
 
     def mask_size(self, sample: Sample) -> tuple[int, int]:
-        """(height, width) of the mask of a sample, from headers.
+        """(height, width) of the mask of a sample, upright, from headers.
 
         A sample without masks gets the size of its image, times the ratio of mask to image in the
-        data set's first masked sample: masks can be larger than (reduced) images. Errors as
-        `efficientad.data.decoding.read_image`.
+        data set's first masked sample that can be read: masks can be larger than (reduced) images.
+        Errors as `efficientad.data.decoding.read_image`.
         """
+        picture = image_shape(sample.path)
         if sample.masks:
-            return image_size(sample.masks[0])
-        height, width = image_size(sample.path)
+            return _size_on(picture, sample.masks[0])
+        height, width = picture.size
         return round(height * self._mask_ratio[0]), round(width * self._mask_ratio[1])
 
     @cached_property
     def _mask_ratio(self) -> tuple[float, float]:
         for sample in self.test:
             if sample.masks:
-                mask, image = image_size(sample.masks[0]), image_size(sample.path)
-                return mask[0] / image[0], mask[1] / image[1]
+                try:
+                    picture = image_shape(sample.path)
+                    mask = _size_on(picture, sample.masks[0])
+                except ImageError:  # it fails on its own, and says so then
+                    continue
+                return mask[0] / picture.size[0], mask[1] / picture.size[1]
         return 1.0, 1.0
 
-    def read_mask(self, sample: Sample) -> np.ndarray:
-        """Anomalous pixels of a sample, bool (H, W): where any of its masks is not zero.
+    def read_truth(self, sample: Sample) -> Truth:
+        """What is known of the pixels of a sample, by the rules of `efficientad.data.masks`.
 
-        All False at `mask_size` for a normal sample. ValueError for an anomalous sample without a
-        mask and for masks of several sizes; ImageError and FileNotFoundError for unreadable ones.
+        With saturation rules each mask file marks one defect of MVTec LOCO AD, and the value of its
+        nonzero pixels chooses the rule. A normal sample has no anomalous pixel, whatever its mask.
+
+        Raises:
+            ValueError: an anomalous sample without a mask; masks of several sizes; with saturation
+                rules, one with several values or one without a rule.
+            ImageError: a file that cannot be read (MissingImage: that is not there), or a mask that
+                is turned against its picture.
         """
         if not sample.masks:
             if sample.label:
                 raise ValueError(f"the anomalous image {sample.path} has no mask")
-            return np.zeros(self.mask_size(sample), dtype=bool)
-        parts = [read_labels(path) != 0 for path in sample.masks]
-        if any(part.shape != parts[0].shape for part in parts):
-            raise ValueError(f"the masks of {sample.path} differ in size")
-        return np.logical_or.reduce(parts)
+            nothing = np.zeros(self.mask_size(sample), dtype=bool)
+            return Truth(nothing, (), frozenset())
+        picture = image_shape(sample.path)
+        if sample.label and self.saturation:
+            return self._read_regions(sample, picture)
+        mask = read_mask(sample.masks, picture)
+        if sample.label:
+            return Truth(mask.pixels, (), mask.remarks)
+        remarks = frozenset(("good",) if mask.pixels.any() else ())
+        return Truth(np.zeros_like(mask.pixels), (), remarks)
 
-    def read_regions(self, sample: Sample) -> list[Region]:
-        """Regions of saturated PRO: one per mask file, which marks one defect of MVTec LOCO AD.
+    def read_mask(self, sample: Sample) -> np.ndarray:
+        """Anomalous pixels of a sample, bool (H, W): the mask of `read_truth`. Errors as there."""
+        return self.read_truth(sample).mask
 
-        The value of its nonzero pixels chooses the saturation rule; an empty list for a normal
-        sample. ValueError where a mask holds no or several values, or one without a rule.
-        """
-        if sample.label and not sample.masks:
-            raise ValueError(f"the anomalous image {sample.path} has no mask")
-        regions = []
+    def _read_regions(self, sample: Sample, picture: Shape) -> Truth:
+        regions: list[Region] = []
+        remarks: set[str] = set()
         for path in sample.masks:
-            labels = read_labels(path)
-            mask = labels != 0
-            values = np.unique(labels[mask]).tolist()
+            levels, _, found = read_levels(path, picture)
+            remarks |= found
+            marked = levels != 0
+            values = np.unique(levels[marked]).tolist()
+            if not values:
+                continue
             if len(values) != 1 or values[0] not in self.saturation:
                 raise ValueError(
-                    f"{path} must hold one nonzero value of {sorted(self.saturation)}, has {values}"
+                    f"{path} must hold one nonzero value of {sorted(self.saturation)}, has "
+                    f"{', '.join(map(str, values[:8]))}{' ...' if len(values) > 8 else ''}"
                 )
-            regions.append(Region(mask, self.saturation[values[0]].area(int(mask.sum()))))
-        return regions
+            area = self.saturation[values[0]].area(int(marked.sum()))
+            regions.append(Region(marked, area))
+        if not regions:
+            remarks.add("empty")
+            nothing = np.zeros(_size_on(picture, sample.masks[0]), dtype=bool)
+            return Truth(nothing, (), frozenset(remarks))
+        mask = united([region.mask for region in regions], remarks, sample.masks)
+        return Truth(mask.pixels, tuple(regions), mask.remarks)
+
+
+def _size_on(picture: Shape, mask: Path) -> tuple[int, int]:
+    """(height, width) of a mask once it is turned onto its picture."""
+    shape = image_shape(mask)
+    turn, _ = placement(shape, picture, str(mask))
+    return shape.size[::-1] if turn >= 5 else shape.size
 
 
 def split_validation(samples: Iterable[Sample]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,42 +56,44 @@ def read_image(source: Any) -> np.ndarray:
         if hasattr(source, "detach"):  # numpy refuses a tensor that requires a gradient
             source = source.detach()
         return _as_rgb(np.asarray(source), name, 65535)
-    with _decoding(name), _opened(source) as (image, stream):
+    with naming_errors(name), opened(source) as (image, stream):
         deep = _read_deep_tiff(image, stream, name)
         if deep is not None:
             return deep
         image.load()
         pixels = _as_rgb(_pillow_pixels(image, name), name, 65535)
-        return _oriented(pixels, _orientation(image))
+        return oriented(pixels, orientation_of(image))
+
+
+class Shape(NamedTuple):
+    """(height, width) of an image as it is shown, and the EXIF orientation 1..8 that turned it."""
+
+    size: tuple[int, int]
+    orientation: int
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """(height, width) of the pixels in the file."""
+        return self.size[::-1] if self.orientation >= 5 else self.size
+
+
+def image_shape(source: Any) -> Shape:
+    """The shape that `read_image` would give, from the header alone. Errors as there."""
+    if not _is_encoded(source):
+        height, width = np.shape(source)[:2]
+        return Shape((height, width), 1)
+    with naming_errors(source_name(source)), opened(source) as (image, _):
+        width, height = image.size
+        # Pillow already turns the size of a TIFF, and would decode a whole PNG to look for EXIF.
+        known = image.format != "PNG" or "exif" in image.info
+        orientation = orientation_of(image) if known else 1
+        turned = orientation >= 5 and image.format != "TIFF"
+        return Shape((width, height) if turned else (height, width), orientation)
 
 
 def image_size(source: Any) -> tuple[int, int]:
     """(height, width) that `read_image` would give, from the header alone. Errors as there."""
-    if not _is_encoded(source):
-        return tuple(np.shape(source)[:2])
-    with _decoding(source_name(source)), _opened(source) as (image, _):
-        width, height = image.size
-        # Pillow already turns the size of a TIFF, and would decode a whole PNG to look for EXIF.
-        known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-        return (width, height) if known and _orientation(image) >= 5 else (height, width)
-
-
-def read_labels(source: Any) -> np.ndarray:
-    """Stored numbers of a mask image, an integer array (H, W): nothing is scaled or turned.
-
-    Grey and 1-bit values and palette indices as they are; of several channels the largest, without
-    alpha. Errors as `read_image`.
-    """
-    name = source_name(source)
-    with _decoding(name), _opened(source) as (image, _):
-        if image.mode in ("LA", "RGBA", "CMYK", "YCbCr"):
-            image = image.convert("L" if image.mode == "LA" else "RGB")
-        pixels = np.asarray(image)
-        if pixels.dtype == bool:
-            pixels = pixels.astype(np.uint8)
-        if not np.issubdtype(pixels.dtype, np.integer):
-            raise ImageError(name, f"a mask must hold whole numbers, not mode {image.mode}")
-        return pixels if pixels.ndim == 2 else pixels.max(axis=2)
+    return image_shape(source).size
 
 
 def source_name(source: Any) -> str:
@@ -117,7 +119,7 @@ def _is_encoded(source: Any) -> bool:
 
 
 @contextmanager
-def _opened(source: Any) -> Iterator[tuple[Any, Any]]:
+def opened(source: Any) -> Iterator[tuple[Any, Any]]:
     """A Pillow image and its file, if there is one; closes only what it opened."""
     from PIL import Image
 
@@ -132,7 +134,8 @@ def _opened(source: Any) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def naming_errors(name: str) -> Iterator[None]:
+    """Turn what a decoder raises into an ImageError that names the image and the reason."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -149,17 +152,19 @@ def _decoding(name: str) -> Iterator[None]:
         raise ImageError(name, f"{error}" or type(error).__name__) from error
 
 
-def _orientation(image: Any) -> int:
+def orientation_of(image: Any) -> int:
+    """EXIF or TIFF orientation of a Pillow image, 1..8; 1 where there is no sound one."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        found = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF beside sound pixels
         return 1
+    return found if 1 <= found <= 8 else 1
 
 
-def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn (H, W, 3) pixels upright; orientation 1..8 as in EXIF, others are ignored."""
+def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn pixels (H, W, ...) upright; orientation 1..8 as in EXIF, others are ignored."""
     if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
+        pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):
@@ -232,4 +237,4 @@ def _read_deep_tiff(image: Any, stream: Any, name: str) -> np.ndarray | None:
         pixels = pixels[..., :1]
     if tags.get(_PHOTOMETRIC) == 0:
         pixels = (1 << bits) - 1 - pixels
-    return _oriented(_as_rgb(pixels, name, (1 << bits) - 1), _orientation(image))
+    return oriented(_as_rgb(pixels, name, (1 << bits) - 1), orientation_of(image))

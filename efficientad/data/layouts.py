@@ -9,11 +9,13 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from efficientad.data.datasets import GOOD, DataSet, Sample, Saturation, split_validation
-from efficientad.data.image_files import SUFFIXES, find_images
+from efficientad.data.image_files import find_images
+from efficientad.data.mask_files import MaskFiles
+from efficientad.utils.folders import subfolders
 
 LAYOUTS = ("mvtec", "loco", "visa", "folder")
 _PARTS = frozenset(("train", "test", "ground_truth"))
@@ -80,7 +82,7 @@ def _recognise(root: Path) -> str:
     known = _looks_like(root)
     if known:
         return known[0]
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    folders = subfolders(root)
     categories = [path.name for path in folders if _looks_like(path)]
     if categories:
         raise ValueError(f"{root} holds several objects, name a category: {', '.join(categories)}")
@@ -107,50 +109,41 @@ def _good(folder: Path) -> list[Sample]:
     return [Sample(path) for path in find_images(folder)]
 
 
-def _defect_folders(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
-    """(defect, image) of the test images, good and anomalous, in order."""
-    test = root / "test"
-    folders = test.iterdir() if test.is_dir() else ()
-    for folder in sorted(path for path in folders if path.is_dir() and path.name[0] != "."):
+def _test_samples(root: Path, notes: list[str]) -> tuple[Sample, ...]:
+    """The test images, good and anomalous, in order, with their masks."""
+    files = MaskFiles(root)
+    test: list[Sample] = []
+    for folder in subfolders(root / "test"):
         try:
             paths = find_images(folder)
         except ValueError:
             notes.append(f"The test folder {folder.name} holds no image and was left out.")
             continue
-        for path in paths:
-            yield GOOD if folder.name.lower() == GOOD else folder.name, path
+        defect = GOOD if folder.name.lower() == GOOD else folder.name
+        for path, masks in zip(paths, files.assign(folder, paths), strict=True):
+            test.append(Sample(path, int(defect != GOOD), defect, masks))
+    notes += files.notes()
+    return tuple(test)
 
 
 def _open_mvtec(root: Path) -> DataSet:
     train, validation = split_validation(_good(root / "train" / GOOD))
-    test: list[Sample] = []
     notes: list[str] = []
-    for defect, path in _defect_folders(root, notes):
-        masks: tuple[Path, ...] = ()
-        if defect != GOOD:
-            folder = root / "ground_truth" / defect
-            named = (folder / f"{path.stem}{tail}" for tail in ("_mask.png", ".png", path.suffix))
-            masks = tuple(mask for mask in named if mask.is_file())[:1]
-        test.append(Sample(path, int(defect != GOOD), defect, masks))
+    test = _test_samples(root, notes)
     name = root.resolve().name
-    return DataSet(root, "mvtec", name, train, validation, tuple(test), notes=tuple(notes))
+    return DataSet(root, "mvtec", name, train, validation, test, notes=tuple(notes))
 
 
 def _open_loco(root: Path) -> DataSet:
-    test: list[Sample] = []
     notes: list[str] = []
-    for defect, path in _defect_folders(root, notes):
-        folder = root / "ground_truth" / defect / path.stem
-        inside = sorted(folder.iterdir()) if defect != GOOD and folder.is_dir() else []
-        masks = tuple(mask for mask in inside if mask.suffix.lower() in SUFFIXES)
-        test.append(Sample(path, int(defect != GOOD), defect, masks))
+    test = _test_samples(root, notes)
     return DataSet(
         root,
         "loco",
         root.resolve().name,
         tuple(_good(root / "train" / GOOD)),
         tuple(_good(root / "validation" / GOOD)),
-        tuple(test),
+        test,
         _read_saturation(root),
         tuple(notes),
     )

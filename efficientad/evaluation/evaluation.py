@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from efficientad.data.datasets import GOOD, DataSet, Sample
 from efficientad.data.decoding import read_image
 from efficientad.data.layouts import open_dataset
+from efficientad.data.masks import REMARKS
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.results.output_folder import ResultFolder, unique_names
-from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
+from efficientad.results.plain_path import distance_maps, image_score, sized_map
 from efficientad.results.prediction import Prediction, is_anomalous
 from efficientad.utils.files import plain_text
 
@@ -37,7 +36,9 @@ class Evaluation:
             threshold the numbers of false alarms and missed defects.
         samples, scores: the test images that were scored, and their scores.
         failed: (path, reason) of the others, and of those whose pictures could not be written.
-        notes: sentences about what is missing: masks, and with them the figures of the pixels.
+        notes: sentences about what is missing (masks, and with them the figures of the pixels) and
+            about masks that do not say plainly what they mark (see `efficientad.data.masks`).
+        undefined: figure -> why it is None.
     """
 
     dataset: str
@@ -46,6 +47,7 @@ class Evaluation:
     scores: list[float] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    undefined: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -74,8 +76,9 @@ def evaluate(
         batch_size, workers: images per forward pass and decoding threads.
         progress: called with (what, images done, images in all).
 
-    Maps are resized, bilinear, to the size of the masks. An image or mask that cannot be read and a
-    score that is not finite are listed in `failed` and left out of the metrics.
+    Maps are resized, bilinear, to the size of the masks, which are read by the rules of
+    `efficientad.data.masks`. An image or mask that cannot be read and a score that is not finite
+    are listed in `failed` and left out of the metrics.
 
     Raises:
         ValueError: not a detector, no test images; UncalibratedError: no statistics or quantiles.
@@ -99,6 +102,7 @@ def evaluate(
             failed=result.failed,
         )
     names = unique_names([Path(s.defect) / s.path.name for s in dataset.test])
+    remarks: dict[str, list[str]] = defaultdict(list)
     # Saturated PRO is defined per folder of test images; each accumulator takes up to 48 MB.
     pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)
 
@@ -130,18 +134,29 @@ def evaluate(
             fail(sample.path, f"its score is {score}")
             continue
         if dataset.has_masks:
-            part = sample.defect if dataset.saturation else ""
             try:
-                _add_pixels(pixels[part], detector, dataset, sample, raw, own_size)
+                truth = dataset.read_truth(sample)
             except (ValueError, FileNotFoundError) as error:  # ImageError is a ValueError
                 fail(sample.path, f"mask: {error}")
                 continue
+            for remark in truth.remarks:
+                remarks[remark].append(f"{sample.defect}/{sample.path.name}")
+            if not sample.label or truth.mask.any():
+                part = sample.defect if dataset.saturation else ""
+                size = truth.mask.shape
+                sized = own_size if size == raw.source_size else sized_map(detector, raw, size)
+                if dataset.saturation:
+                    pixels[part].update(sized, regions=truth.regions)
+                else:
+                    pixels[part].update(sized, truth.mask)
         result.samples.append(sample)
         result.scores.append(score)
 
     result.metrics = _figures(result, dataset, pixels, detector.threshold)
+    result.notes += _remarks(remarks)
+    result.undefined = _undefined(result)
     if folder is not None:
-        notes = [*notes, *result.notes]
+        notes = [*notes, *result.notes, *_reasons(result.undefined)]
         folder.close(f"Evaluation on {dataset.name}", metrics=result.metrics, notes=notes)
     return result
 
@@ -154,29 +169,52 @@ def _missing_masks(dataset: DataSet) -> list[str]:
     count = sum(sample.label for sample in dataset.test)
     if len(missing) == count:
         return ["No figures of the pixels: no defective test image has a mask."]
-    listed = ", ".join(f"{sample.defect}/{sample.path.name}" for sample in missing[:_LISTED])
-    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+    names = [f"{sample.defect}/{sample.path.name}" for sample in missing]
     return [
         f"No figures of the pixels: {len(missing)} of {count} defective test images have no mask: "
-        f"{listed}{more}."
+        f"{_listed(names)}."
     ]
 
 
-def _add_pixels(
-    pixels: PixelMetrics,
-    detector: EfficientAD,
-    dataset: DataSet,
-    sample: Sample,
-    raw: RawMaps,
-    own_size: np.ndarray,
-) -> None:
-    """Add one map, at the size of its mask, to the pixel metrics."""
-    size = dataset.mask_size(sample)
-    sized = own_size if size == raw.source_size else sized_map(detector, raw, size)
-    if dataset.saturation:
-        pixels.update(sized, regions=dataset.read_regions(sample))
-    else:
-        pixels.update(sized, dataset.read_mask(sample))
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _remarks(remarks: dict[str, list[str]]) -> list[str]:
+    """A sentence for every kind of remark about masks, with the pictures whose they are."""
+    sentences = []
+    for kind, sentence in REMARKS.items():
+        if names := remarks.get(kind):
+            sentences.append(f"{sentence}: {_listed(names)}.")
+    return sentences
+
+
+def _undefined(result: Evaluation) -> dict[str, str]:
+    """Why figures are None: what they compare with what was not there."""
+    labels = {sample.label for sample in result.samples}
+    scored = {sample.defect for sample in result.samples}
+    reasons = {}
+    for name, value in result.metrics.items():
+        if value is not None:
+            continue
+        if not labels:
+            reasons[name] = "no test image was scored"
+        elif name.startswith("image"):
+            missing = "defective" if 0 in labels else "good"
+            reasons[name] = f"no {missing} test image was scored"
+        elif labels == {0} or scored == {GOOD}:
+            reasons[name] = "no defective test image was scored"
+        else:
+            reasons[name] = "no mask that was read marks a defect, or none leaves a good pixel"
+    return reasons
+
+
+def _reasons(undefined: dict[str, str]) -> list[str]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in undefined.items():
+        names[reason].append(name)
+    return [f"Undefined, because {why}: {', '.join(which)}." for why, which in names.items()]
 
 
 def _figures(

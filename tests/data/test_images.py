@@ -14,7 +14,7 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from efficientad.data.decoding import ImageError, MissingImage, image_size, read_image, read_labels
+from efficientad.data.decoding import ImageError, MissingImage, image_size, read_image
 from efficientad.data.image_files import find_images
 from efficientad.data.images import load_batches, resize_image, to_tensor
 
@@ -190,7 +190,7 @@ def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "text.png").write_text("cannot be one")
     with pytest.raises(ImageError, match=r"text\.png: not an image file we know"):
         read_image(tmp_path / "text.png")
-    for read in (read_image, image_size, read_labels):
+    for read in (read_image, image_size):
         with pytest.raises(
             MissingImage, match=r"cannot read .*missing\.png: no such file$"
         ) as gone:
@@ -202,26 +202,6 @@ def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ImageError, match="decompression bomb"):
         read_image(encoded(Image.fromarray(COLOUR)))
-
-
-def test_labels_are_stored_values() -> None:
-    classes = (GREY % 5).astype(np.uint8)
-    palette = Image.fromarray(classes, "P")
-    palette.putpalette([200, 0, 0] * 256)
-    mask = classes > 2
-    rgba = np.dstack([classes, 0 * classes, 0 * classes, np.full_like(classes, 255)])
-    for picture, expected in (
-        (Image.fromarray(classes), classes),
-        (palette, classes),
-        (Image.fromarray(mask), mask),
-        (Image.fromarray(DEEP), DEEP),
-        (Image.fromarray(rgba), classes),
-    ):
-        labels = read_labels(encoded(picture))
-        assert np.issubdtype(labels.dtype, np.integer)
-        np.testing.assert_array_equal(labels, expected)
-    with pytest.raises(ImageError, match="whole numbers"):
-        read_labels(tiff(GREY.astype(np.float32)))
 
 
 def test_resize() -> None:

@@ -143,6 +143,83 @@ def test_missing_masks_are_listed_with_what_they_cost(model, mvtec, tmp_path):
     assert "pixel AU-ROC" in evaluation.metrics
 
 
+def remasked(model, mvtec, tmp_path, masks, good=3):
+    """The evaluation with other masks for the defective pictures: images, bytes, None: the own."""
+    dataset = open_dataset(mvtec)
+    test = list(dataset.test[:good])
+    for number, (sample, mask) in enumerate(zip(dataset.test[3:], masks, strict=True)):
+        path = tmp_path / f"{number}.png"
+        if isinstance(mask, bytes):
+            path.write_bytes(mask)
+        elif mask is not None:
+            mask.save(path)
+        test.append(sample if mask is None else Sample(sample.path, 1, "square", (path,)))
+    changed = DataSet(mvtec, "mvtec", "widget", (), (), tuple(test))
+    return ead.evaluate(model, changed, out=tmp_path / "out")
+
+
+def test_an_empty_mask_costs_the_pixels_of_its_picture_alone(model, mvtec, tmp_path):
+    black = Image.new("L", (600, 512))
+    evaluation = remasked(model, mvtec, tmp_path, [black, None, None])
+    assert evaluation.notes == [
+        "Masks that mark nothing though their picture is defective; its pixels do not count: "
+        "square/0.png."
+    ]
+    assert (evaluation.failed, len(evaluation.scores)) == ([], 6)
+    dataset = open_dataset(mvtec)
+    rest = DataSet(mvtec, "mvtec", "w", (), (), (*dataset.test[:3], *dataset.test[4:]))
+    alone = ead.evaluate(model, rest).metrics
+    for name in ("pixel AU-ROC", "AU-PRO, FPR 0.3"):
+        assert evaluation.metrics[name] == alone[name]
+    note = evaluation.notes[0]
+    assert note in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_masks_that_are_drawn_otherwise_give_the_same_figures(model, mvtec, tmp_path):
+    plain = ead.evaluate(model, mvtec)
+    masks = [np.asarray(Image.open(s.masks[0])) for s in open_dataset(mvtec).test[3:]]
+    palette = Image.fromarray((masks[0] == 0).astype(np.uint8), "P")
+    palette.putpalette([255, 255, 255, 0, 0, 0])
+    alpha = Image.fromarray(np.dstack([np.zeros((512, 600, 3), np.uint8), masks[1]]))
+    soft = Image.fromarray(masks[2]).resize((1800, 1536), Image.Resampling.BILINEAR)
+    evaluation = remasked(model, mvtec, tmp_path, [palette, alpha, soft.resize((600, 512))])
+    assert evaluation.metrics == plain.metrics
+    assert evaluation.notes == []
+    inverted = [Image.fromarray(255 - mask) for mask in masks]
+    evaluation = remasked(model, mvtec, tmp_path, inverted)
+    (note,) = evaluation.notes
+    assert note.endswith("they mark what is good: square/0.png, square/1.png, square/2.png.")
+
+
+def test_a_turned_mask_fails_its_own_picture(model, mvtec, tmp_path):
+    turned = Image.new("L", (512, 600), 255)
+    evaluation = remasked(model, mvtec, tmp_path, [None, turned, b"damaged"])
+    assert [path.rpartition("/")[2] for path, _ in evaluation.failed] == ["1.png", "2.png"]
+    assert "turned by a quarter" in evaluation.failed[0][1]
+    assert "2.png" in evaluation.failed[1][1]
+    assert len(evaluation.scores) == 4
+    assert evaluation.metrics["pixel AU-ROC"] is not None
+
+
+def test_every_undefined_figure_has_its_reason(model, mvtec, tmp_path):
+    black = [Image.new("L", (600, 512))] * 3
+    evaluation = remasked(model, mvtec, tmp_path, black)
+    reason = "no mask that was read marks a defect, or none leaves a good pixel"
+    pixels = ("pixel AU-ROC", "pixel F1-max", "AU-PRO, FPR 0.3", "AU-PRO, FPR 0.05")
+    assert evaluation.undefined == dict.fromkeys(pixels, reason)
+    assert f"Undefined, because {reason}: pixel AU-ROC," in (
+        tmp_path / "out" / "report.html"
+    ).read_text().replace("&#x27;", "'")
+    no_good = remasked(model, mvtec, tmp_path, [None] * 3, good=0)
+    assert no_good.undefined["image AU-ROC"] == "no good test image was scored"
+    assert no_good.undefined["image AU-ROC, square"] == "no good test image was scored"
+    assert no_good.metrics["pixel AU-ROC"] is not None
+    good = DataSet(mvtec, "mvtec", "widget", (), (), open_dataset(mvtec).test[:3])
+    assert ead.evaluate(model, good).undefined["image AP"] == "no defective test image was scored"
+    for result in (evaluation, no_good):
+        assert set(result.undefined) == {k for k, v in result.metrics.items() if v is None}
+
+
 def test_images_that_differ_in_the_suffix_keep_their_own_pictures(model, mvtec, tmp_path):
     sample = open_dataset(mvtec).test[3]
     image = Image.open(sample.path)
