@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from efficientad.data.datasets import GOOD, DataSet, Sample
 from efficientad.data.decoding import read_image
 from efficientad.data.layouts import open_dataset
@@ -17,7 +19,7 @@ from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturate
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.results.output_folder import ResultFolder, unique_names
-from efficientad.results.plain_path import distance_maps, image_score, sized_map
+from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
 from efficientad.results.prediction import Prediction, is_anomalous
 from efficientad.utils.files import plain_text
 
@@ -135,20 +137,12 @@ def evaluate(
             continue
         if dataset.has_masks:
             try:
-                truth = dataset.read_truth(sample)
+                found = _add_pixels(pixels, detector, dataset, raw, own_size)
             except (ValueError, FileNotFoundError) as error:  # ImageError is a ValueError
                 fail(sample.path, f"mask: {error}")
                 continue
-            for remark in truth.remarks:
+            for remark in found:
                 remarks[remark].append(f"{sample.defect}/{sample.path.name}")
-            if not sample.label or truth.mask.any():
-                part = sample.defect if dataset.saturation else ""
-                size = truth.mask.shape
-                sized = own_size if size == raw.source_size else sized_map(detector, raw, size)
-                if dataset.saturation:
-                    pixels[part].update(sized, regions=truth.regions)
-                else:
-                    pixels[part].update(sized, truth.mask)
         result.samples.append(sample)
         result.scores.append(score)
 
@@ -174,6 +168,29 @@ def _missing_masks(dataset: DataSet) -> list[str]:
         f"No figures of the pixels: {len(missing)} of {count} defective test images have no mask: "
         f"{_listed(names)}."
     ]
+
+
+def _add_pixels(
+    pixels: dict[str, PixelMetrics],
+    detector: EfficientAD,
+    dataset: DataSet,
+    raw: RawMaps,
+    own_size: np.ndarray,
+) -> frozenset[str]:
+    """Add one map, at the size of its mask, to the pixel metrics; the remarks about the mask."""
+    sample = dataset.test[raw.index]
+    truth = dataset.read_truth(sample)
+    if sample.label and not truth.mask.any():
+        return truth.remarks
+    part = pixels[sample.defect if dataset.saturation else ""]
+    height, width = truth.mask.shape
+    same = (height, width) == raw.source_size
+    sized = own_size if same else sized_map(detector, raw, (height, width))
+    if dataset.saturation:
+        part.update(sized, regions=truth.regions)
+    else:
+        part.update(sized, truth.mask)
+    return truth.remarks
 
 
 def _listed(names: Sequence[str]) -> str:
