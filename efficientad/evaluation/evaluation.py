@@ -137,12 +137,10 @@ def evaluate(
             continue
         if dataset.has_masks:
             try:
-                found = _add_pixels(pixels, detector, dataset, raw, own_size)
+                _add_pixels(pixels, remarks, detector, dataset, raw, own_size)
             except (ValueError, FileNotFoundError) as error:  # ImageError is a ValueError
                 fail(sample.path, f"mask: {error}")
                 continue
-            for remark in found:
-                remarks[remark].append(f"{sample.defect}/{sample.path.name}")
         result.samples.append(sample)
         result.scores.append(score)
 
@@ -150,8 +148,8 @@ def evaluate(
     result.notes += _remarks(remarks)
     result.undefined = _undefined(result)
     if folder is not None:
-        notes = [*notes, *result.notes, *_reasons(result.undefined)]
-        folder.close(f"Evaluation on {dataset.name}", metrics=result.metrics, notes=notes)
+        said = [*notes, *result.notes, *_reasons(result.undefined)]
+        folder.close(f"Evaluation on {dataset.name}", metrics=result.metrics, notes=said)
     return result
 
 
@@ -172,16 +170,19 @@ def _missing_masks(dataset: DataSet) -> list[str]:
 
 def _add_pixels(
     pixels: dict[str, PixelMetrics],
+    remarks: dict[str, list[str]],
     detector: EfficientAD,
     dataset: DataSet,
     raw: RawMaps,
     own_size: np.ndarray,
-) -> frozenset[str]:
-    """Add one map, at the size of its mask, to the pixel metrics; the remarks about the mask."""
+) -> None:
+    """Add a map, at the size of its mask, to the pixel metrics, and the remarks about the mask."""
     sample = dataset.test[raw.index]
     truth = dataset.read_truth(sample)
+    for remark in truth.remarks:
+        remarks[remark].append(f"{sample.defect}/{sample.path.name}")
     if sample.label and not truth.mask.any():
-        return truth.remarks
+        return
     part = pixels[sample.defect if dataset.saturation else ""]
     height, width = truth.mask.shape
     same = (height, width) == raw.source_size
@@ -190,7 +191,6 @@ def _add_pixels(
         part.update(sized, regions=truth.regions)
     else:
         part.update(sized, truth.mask)
-    return truth.remarks
 
 
 def _listed(names: Sequence[str]) -> str:
