@@ -2,8 +2,8 @@
 
 An implicit matrix product as in `strided_conv`, but a row of A is computed while it is loaded: four
 cells of the small image, weighted in float32 and rounded to x's dtype. The resized image, four
-times as large as its source in most layers, is never written; but for many pixels on sm_90, where
-the convolution of a resized image is the faster (the gather then limits, not the launches).
+times as large as its source in most layers, is never written; but with a tile that is `Apart` it
+is, by a launch of its own, and then convolved as any image is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ import triton.language as tl
 
 from . import conv
 from .common import relu, target_of
-from .grouped import Tile, architecture, check_rows, divisor, from_table
+from .grouped import Tile, check_rows, divisor, from_table
+
+
+class Apart(Tile):
+    """The tile of the convolution after a resize that is a launch of its own."""
+
 
 # No software pipelining (one stage): what arrives is not an operand but a quarter of one, and two
 # stages would hold four images of it, 48 to 96 KiB. Several programs on a multiprocessor hide the
@@ -31,18 +36,21 @@ _SOME = Tile(32, 64, 128, warps=4, stages=1)
 # 64 values of K their addresses would take up to 180 registers, and one program's 8 warps would be
 # alone on a multiprocessor.
 _MANY = Tile(128, 64, 64, warps=8, stages=1)
+# The resize apart: its convolution overlaps copies with products, which the fused kernel, whose
+# operand is computed, cannot; for few pixels a second launch costs more than that gains. From which
+# pixels on, and these tiles, are chosen on measurements whose raw file was lost; the next GPU run
+# decides.
+_APART = Apart(64, 64, 128, warps=4, stages=4)
+_APART_MANY = Apart(256, 64, 128, warps=8, stages=4)
 TILES = {
     80: ((4096, _FEW), (32768, _SOME), (None, _MANY)),
     86: ((4096, _FEW), (32768, _SOME), (None, _MANY)),
     89: ((4096, _FEW), (32768, _SOME), (None, _MANY)),
-    90: ((4096, _FEW_90), (32768, _SOME), (None, _MANY)),
+    90: ((199, _FEW_90), (32767, _APART), (None, _APART_MANY)),
     100: ((4096, _FEW), (32768, _SOME), (None, _MANY)),
     120: ((4096, _FEW), (32768, _SOME), (None, _MANY)),
 }
-# More output pixels than these are resized first and then convolved, on these architectures.
-APART = {90: 12000}
-APART_TILE = Tile(256, 64, 128, warps=8, stages=4)
-APART_PIXELS = 32  # of a program that resizes
+RESIZED = 32  # pixels of a program that resizes
 MAX_ELEMENTS = 2**31 - 1  # of one small image, whose offsets are int32
 
 
@@ -152,16 +160,18 @@ def _resize_kernel(
     up_height, up_width,
     n_pixels,  # N * up_height * up_width
     scale_y, scale_x,  # height / up_height, width / up_width
-    CIN: tl.constexpr,  # a power of two
+    CIN: tl.constexpr,
     BM: tl.constexpr,
+    BC: tl.constexpr,  # channels
 ):  # fmt: skip
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    CHUNKS: tl.constexpr = CIN // BC
+    m = (tl.program_id(0) // CHUNKS) * BM + tl.arange(0, BM)
     real = (m < n_pixels)[:, None]
     y0, y1, fy = _source((m // up_width) % up_height, height, up_height, scale_y)
     x0, x1, fx = _source(m % up_width, width, up_width, scale_x)
     image = (m // (up_width * up_height)).to(tl.int64)
-    c = tl.arange(0, CIN)[None, :]
-    x_ptrs = x_ptr + (image * height * width * CIN)[:, None] + c  # [BM, CIN]
+    c = (tl.program_id(0) % CHUNKS) * BC + tl.arange(0, BC)[None, :]
+    x_ptrs = x_ptr + (image * height * width * CIN)[:, None] + c  # [BM, BC]
     p00 = x_ptrs + ((y0 * width + x0) * CIN)[:, None]
     p01 = x_ptrs + ((y0 * width + x1) * CIN)[:, None]
     p10 = x_ptrs + ((y1 * width + x0) * CIN)[:, None]
@@ -215,12 +225,12 @@ def _launch(x, weight, bias, out, size, *, padding, rows, cols, target, tile) ->
     check_rows(pixels)
     _check_extents(x.shape, size)
     target = target or target_of(x)
-    if tile is None and _apart(target, pixels, cin):
-        _launch_apart(x, weight, bias, out, size, padding, target)
-        return
     tile = tile or from_table(TILES, target, pixels)
     values = constants(tile, cin, cout, kernel, padding=padding)
     if pixels == 0:
+        return
+    if isinstance(tile, Apart):
+        _launch_apart(x, weight, bias, out, size, padding, target, tile)
         return
     _resize_conv_kernel[(triton.cdiv(pixels, tile.bm) * (cout // values["BN"]),)](
         x, weight, bias, rows, cols, out, height, width, *size, out_height, out_width,
@@ -229,24 +239,22 @@ def _launch(x, weight, bias, out, size, *, padding, rows, cols, target, tile) ->
     )  # fmt: skip
 
 
-def _apart(target: int, pixels: int, cin: int) -> bool:
-    """Whether the resize is a launch of its own."""
-    limit = APART.get(architecture(target))
-    return limit is not None and pixels > limit and cin & (cin - 1) == 0
+def resize_constants(cin: int) -> dict:
+    """The constexpr arguments of the kernel that resizes alone."""
+    return {"CIN": cin, "BM": RESIZED, "BC": divisor(cin, cin)}
 
 
-def _launch_apart(x, weight, bias, out, size, padding: int, target: int) -> None:
+def _launch_apart(x, weight, bias, out, size, padding: int, target: int, tile: Apart) -> None:
     n, height, width, cin = x.shape
     up = x.new_empty((n, *size, cin))
     pixels = n * size[0] * size[1]
     check_rows(pixels)
-    _resize_kernel[(triton.cdiv(pixels, APART_PIXELS),)](
-        x, up, height, width, *size, pixels, height / size[0], width / size[1],
-        CIN=cin, BM=APART_PIXELS, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    values = resize_constants(cin)
+    _resize_kernel[(triton.cdiv(pixels, RESIZED) * (cin // values["BC"]),)](
+        x, up, height, width, *size, pixels, height / size[0], width / size[1], **values,
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
-    conv.conv_relu(
-        [up], [weight], [bias], padding=padding, out=[out], target=target, tile=APART_TILE
-    )
+    conv.conv_relu([up], [weight], [bias], padding=padding, out=[out], target=target, tile=tile)
 
 
 def resize_conv_relu(
@@ -271,10 +279,10 @@ def resize_conv_relu(
         size: rows and columns that the resize gives; the resized values are rounded to x's dtype.
         padding: zeros on every side of the resized image.
         rows, cols: int32 on x's device, the rows and columns of the result that are needed; None
-            is all. The others need not be written.
+            is all. The others may be written or not.
         out: the result, if it is allocated.
         target: compute capability such as 90; None is that of x's device.
-        tile: instead of the table's row.
+        tile: instead of the table's row; an `Apart` resizes in a launch of its own.
 
     Returns:
         (N, size[0] + 2 padding - K + 1, size[1] + 2 padding - K + 1, Cout).

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.census.case import CensusCase, each_once
+from bench.census.pdn import conv_case
 from bench.shapes import AUTOENCODER, D6_NEEDED, DECODER, AutoencoderLayer
 from efficientad.kernels import anomaly_map, bottleneck, grouped, resize_conv, strided_conv
 
 # Together they meet every row of the tile tables; bf16 differs in the product's name alone.
-BATCHES = {"fp16": (1, 4, 32), "bf16": (32,)}
+BATCHES = {"fp16": (1, 4, 32), "bf16": (1, 32)}
 PARTS = (1, 3)  # partial maps that `pair_distance` writes
 
 
@@ -51,10 +52,44 @@ def _strided_case(arch: int, layer: AutoencoderLayer, batch: int, dtype: str) ->
     return _case("strided_conv_relu", config, dtype, function, signature, values, tile)
 
 
-def _resize_case(arch: int, layer: AutoencoderLayer, batch: int, dtype: str) -> CensusCase:
-    some = layer.name == "d6"  # which rows and columns are computed is in two tables
-    cells = D6_NEEDED if some else layer.cells
+def _resize_cases(
+    arch: int, layer: AutoencoderLayer, batch: int, dtype: str
+) -> Iterator[CensusCase]:
+    cells = D6_NEEDED if layer.name == "d6" else layer.cells
     tile = grouped.from_table(resize_conv.TILES, arch, batch * cells**2)
+    if isinstance(tile, resize_conv.Apart):
+        yield from _apart_cases(arch, layer, tile, dtype)
+    else:
+        yield _resize_case(layer, tile, dtype)
+
+
+def _apart_cases(
+    arch: int, layer: AutoencoderLayer, tile: resize_conv.Apart, dtype: str
+) -> Iterator[CensusCase]:
+    """The two launches of a resize apart: its own, and a convolution of one network."""
+    resize = resize_conv.resize_constants(layer.cin)
+    yield CensusCase(
+        kernel="resize_conv_relu",
+        config=f"resize alone {resize['BM']}x{resize['BC']}",
+        dtype=dtype,
+        function=resize_conv._resize_kernel,
+        signature={
+            **dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}"),
+            **dict.fromkeys(("height", "width", "up_height", "up_width", "n_pixels"), "i32"),
+            **dict.fromkeys(("scale_y", "scale_x"), "fp32"),
+        },
+        constexprs=resize,
+        num_warps=4,
+        num_stages=1,
+    )
+    name = f"decoder {layer.kernel}x{layer.kernel}"
+    yield conv_case(
+        arch, name, tile, dtype, layer.cin, (layer.cout,), layer.kernel, padding=layer.padding
+    )
+
+
+def _resize_case(layer: AutoencoderLayer, tile: grouped.Tile, dtype: str) -> CensusCase:
+    some = layer.name == "d6"  # which rows and columns are computed is in two tables
     values = resize_conv.constants(tile, layer.cin, layer.cout, layer.kernel, padding=layer.padding)
     sizes = ("height", "width", "up_height", "up_width", "out_height", "out_width")
     signature = {
@@ -145,7 +180,7 @@ def _all_cases(arch: int) -> Iterator[CensusCase]:
                 if layer.name[0] == "e":
                     yield _strided_case(arch, layer, batch, dtype)
                 elif layer.name not in ("d1", "d8"):  # parts of `bottleneck` and `pair_distance`
-                    yield _resize_case(arch, layer, batch, dtype)
+                    yield from _resize_cases(arch, layer, batch, dtype)
         yield from _bottleneck_cases(arch, dtype)
     yield from _map_cases(arch)
 

@@ -7,6 +7,7 @@ constants come from the launchers' own functions, the networks' shapes from `ben
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from bench.census.case import CensusCase, each_once
 from bench.shapes import DECODER, IMAGE, PDN, TEACHER, PdnLayer
@@ -79,21 +80,32 @@ def _conv_case(
     arch: int, name: str, layer: PdnLayer, cin: int, pixels: int, padded: bool, dtype: str
 ) -> CensusCase:
     tile = conv.choose_tile(arch, pixels, layer.couts, layer.pool)
+    return conv_case(
+        arch, name, tile, dtype, cin, layer.couts, layer.kernel,
+        padding=layer.padding if padded else 0, pool=layer.pool,
+        pool_padding=int(padded and layer.pool), pool_scale=0.25 if layer.pool else 1.0,
+    )  # fmt: skip
+
+
+def conv_case(
+    arch: int,
+    name: str,
+    tile: grouped.Tile,
+    dtype: str,
+    cin: int,
+    couts: tuple[int, ...],
+    kernel: int,
+    *,
+    pool: bool = False,
+    **options: Any,
+) -> CensusCase:
+    """`conv_relu` or, with `pool`, `conv_relu_pool`; options: further ones of `conv.constants`."""
     values = conv.constants(
-        tile,
-        arch,
-        ITEMSIZE[dtype],
-        cin,
-        layer.couts,
-        layer.kernel,
-        padding=layer.padding if padded else 0,
-        pool=layer.pool,
-        pool_padding=int(padded and layer.pool),
-        pool_scale=0.25 if layer.pool else 1.0,
-        scaled=dtype == "fp8",
-    )
+        tile, arch, ITEMSIZE[dtype], cin, couts, kernel,
+        pool=pool, scaled=dtype == "fp8", **options,
+    )  # fmt: skip
     return CensusCase(
-        kernel="conv_relu_pool" if layer.pool else "conv_relu",
+        kernel="conv_relu_pool" if pool else "conv_relu",
         config=f"{name} {tile.bm}x{values['BN']}x{values['BK']}",
         dtype=dtype,
         function=conv._conv_kernel,

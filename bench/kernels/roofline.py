@@ -139,6 +139,8 @@ def autoencoder_launches(batch: int) -> list[Launch]:
         pixels = batch * (D6_NEEDED if layer.name == "d6" else layer.cells) ** 2
         module = strided_conv if layer.name[0] == "e" else resize_conv
         tile = grouped.from_table(module.TILES, TARGET, pixels)
+        if isinstance(tile, resize_conv.Apart):  # then all pixels are computed
+            pixels = batch * layer.cells**2
         bn = grouped.divisor(tile.bn, layer.cout)
         k = layer.kernel**2 * (4 if layer.cin == 3 else layer.cin)
         group = Group(_tiles(pixels, tile.bm, layer.cout, bn), tile.bm, bn, k)

@@ -4,9 +4,11 @@
 
 It settles what docs/kernels.md leaves to a GPU: whether the L2 cache's bandwidth limits the large
 convolutions (the same convolution in tiles that read more or less per product), whether the rows of
-the tile tables are right, and whether two fusions pay (`unfused`: the same result by two other
-kernels). Every variant is compared with the float32 definition before it is timed; one that does
-not compile is a row that says so. Variants of a layer are timed in turn.
+the tile tables are right, and whether fusions pay: the bottleneck's against two other kernels
+(`unfused`), and the decoder's resize inside the convolution against one of its own (tiles that are
+`apart`, whose time is that of both launches). Every variant is compared with the float32 definition
+before it is timed; one that does not compile is a row that says so. Variants of a layer are timed
+in turn.
 
 Rows are of kind "sweep": as "kernel", with `tile`, `warps`, `stages`, `shipped` (it is the table's
 choice), `ratio` (the time over the shipped tile's) and `l2_tb_s`, the rate at which all programs
@@ -19,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.kernels.case import Case
@@ -43,6 +44,7 @@ from efficientad.kernels import (
 )
 from efficientad.kernels.common import target_of
 from efficientad.kernels.grouped import Tile
+from efficientad.kernels.resize_conv import Apart
 from efficientad.ops import operators
 
 K = 128  # bytes of K a step
@@ -82,6 +84,11 @@ RESIZE = (
     Tile(64, 64, 64, warps=4, stages=1),
     Tile(128, 64, 64, warps=8, stages=1),
     Tile(128, 64, K, warps=8, stages=1),
+    Apart(32, 64, K, warps=4, stages=4),
+    Apart(64, 64, K, warps=4, stages=3),
+    Apart(64, 64, K, warps=4, stages=4),
+    Apart(128, 64, K, warps=8, stages=4),
+    Apart(256, 64, K, warps=8, stages=4),
 )
 STRIDED = (
     Tile(16, 32, 256, warps=4, stages=3),
@@ -105,9 +112,11 @@ PLAN: tuple[tuple[str, str, tuple[int, ...], tuple[Tile, ...]], ...] = (
     ("M", "conv5", (32, 1), PDN),
     ("S", "conv1", (32, 1), FIRST),
     (BOTH, "d6", (1, 32), RESIZE),
-    (BOTH, "d5", (1,), RESIZE),
-    (BOTH, "d4", (1,), RESIZE[:6]),
-    (BOTH, "d7", (1,), RESIZE),
+    (BOTH, "d5", (1, 32), RESIZE),
+    (BOTH, "d4", (1, 32), RESIZE),
+    (BOTH, "d7", (1, 32), RESIZE),
+    (BOTH, "d3", (1,), RESIZE),
+    (BOTH, "d2", (1,), RESIZE),
     (BOTH, "bottleneck", (1, 32), BOTTLENECK),
     ("M", "conv4", (32,), PDN),
     ("M", "pair", (32, 1), PAIR),
@@ -185,16 +194,6 @@ def unfused(case: Case) -> tuple[Callable[[], object], list[Tensor]] | None:
             return decode(latent, weight, bias, (3, 3))
 
         return call, [call()]
-    if case.operation == "resize_conv_relu":
-        x, weight, bias, size = case.arguments
-        convolve = operators.kernel("conv_relu")
-
-        def call() -> Tensor:
-            up = F.interpolate(x.permute(0, 3, 1, 2), size=size, mode="bilinear")
-            up = up.permute(0, 2, 3, 1).contiguous()
-            return convolve([up], [weight], [bias], padding=case.options["padding"])[0]
-
-        return call, [call()]
     return None
 
 
@@ -257,6 +256,8 @@ def _tile(variant: Tile | str) -> Row:
         return {"tile": variant, "warps": None, "stages": None}
     columns = variant.bn + variant.bn_tail
     tile = f"{variant.bm}x{columns}x{variant.bk_bytes}B"
+    if isinstance(variant, Apart):
+        tile = f"apart {tile}"
     return {"tile": tile, "warps": variant.warps, "stages": variant.stages}
 
 

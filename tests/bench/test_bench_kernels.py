@@ -196,9 +196,17 @@ def test_a_fusion_is_compared_with_its_parts():
     case = layer("bottleneck").case("cpu", 2, torch.float16)
     *_, parts = sweeps.measure(case, "cpu", (), CEILINGS)
     assert (parts["tile"], parts["warps"], parts["no_time"]) == ("unfused", None, None)
-    decoder = layer("d4").case("cpu", 1, torch.float16)
-    _, got = sweeps.unfused(decoder)
-    assert decoder.errors(got, decoder.definition())[0] < 2e-3
+
+
+@interpreted
+def test_a_resize_is_compared_with_one_of_its_own():
+    from bench.kernels import sweeps
+
+    case = layer("d3").case("cpu", 1, torch.float16)
+    tiles = (sweeps.RESIZE[0], sweeps.Apart(16, 64, 128, warps=4, stages=4))
+    rows = sweeps.measure(case, "cpu", tiles, CEILINGS)
+    assert {row["tile"].split()[0] for row in rows} == {"16x64x128B", "apart"}
+    assert all(row["no_time"] is None and row["max_error"] < 2e-3 for row in rows)
 
 
 def test_bytes_from_l2_are_those_of_the_static_model():

@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from efficientad.kernels import anomaly_map, bottleneck, resize_conv, strided_conv
-from efficientad.kernels.grouped import Tile
+from efficientad.kernels.common import target_of
+from efficientad.kernels.grouped import ARCHITECTURES, Tile, from_table
 from efficientad.kernels.strided_conv import strided_conv_relu
 from efficientad.ops import reference
 
@@ -232,6 +233,54 @@ def test_resize_conv_tiles(tile, n, device, dtype):
     got = resize_conv.resize_conv_relu(*args, out=out.tensor, tile=tile)
     close(got, reference.resize_conv_relu(*args))
     out.check()
+
+
+APART = resize_conv.Apart(64, 64, 128, warps=4, stages=4)
+
+
+@pytest.mark.parametrize("case", RESIZE[1:7], ids=str)
+def test_resize_conv_apart(case, device, dtype):
+    """The resized image is written; in one case its channels are no power of two."""
+    *shape, size, padding, _ = case
+    args = (*convolution(*shape, device, dtype), size)
+    want = reference.resize_conv_relu(*args, padding=padding)
+    out = result(want.shape, dtype, device)
+    resize_conv.resize_conv_relu(*args, padding=padding, out=out.tensor, tile=APART)
+    close(out.check(), want)
+
+
+def test_resize_conv_apart_is_right_where_something_is_read_later(device, dtype):
+    args = (*convolution(2, 12, 10, 16, 16, 4, device, dtype), (23, 19))
+    needed = [reference.resize_reads(24, 11), reference.resize_reads(20, 7)]
+    rows, cols = (place(torch.tensor(r, dtype=torch.int32), device) for r in needed)
+    want = reference.resize_conv_relu(*args)
+    got = resize_conv.resize_conv_relu(*args, rows=rows, cols=cols, tile=APART)
+    at = (slice(None), rows.long()[:, None], cols.long())
+    close(got[at], want[at])
+
+
+def test_the_table_says_which_resize_is_apart():
+    """On sm_90 layers of 200 pixels or more; nowhere on architectures that were not measured."""
+    kinds = {
+        (target, pixels): isinstance(
+            from_table(resize_conv.TILES, target, pixels), resize_conv.Apart
+        )
+        for target in ARCHITECTURES
+        for pixels in (1, 81, 199, 200, 256, 32767, 32768, 10**6)
+    }
+    assert kinds == {(t, pixels): t == 90 and pixels >= 200 for t, pixels in kinds}
+
+
+def test_resize_conv_launches_what_the_table_says(device, monkeypatch):
+    launches = []
+    real = resize_conv._launch_apart
+    monkeypatch.setattr(resize_conv, "_launch_apart", lambda *a: (launches.append(a[-1]), real(*a)))
+    for side in (13, 14):  # 14x14 and 15x15 pixels: on sm_90 either side of 200
+        args = (*convolution(1, 4, 4, 16, 16, 4, device), (side, side))
+        close(resize_conv.resize_conv_relu(*args), reference.resize_conv_relu(*args))
+        row = from_table(resize_conv.TILES, target_of(args[0]), (side + 1) ** 2)
+        assert launches == [row] * isinstance(row, resize_conv.Apart)
+        launches.clear()
 
 
 @triton.jit
