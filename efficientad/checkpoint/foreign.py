@@ -25,6 +25,7 @@ from efficientad.checkpoint.safe_pickle import (
 from efficientad.checkpoint.torch_zip import numpy_value, read_npy_object, read_torch
 from efficientad.model.detector import QUANTILE_NAMES
 from efficientad.model.networks import decoder_sizes
+from efficientad.utils.folders import visible
 
 # Places of the convolutions in nelson1425's nn.Sequential. His first autoencoder had no Dropout
 # modules, so its indices differ; dropout has no weights and does nothing at inference.
@@ -212,7 +213,7 @@ def _check_nelson_layers(tree: object, role: str) -> None:
 
 def rximg_categories(folder: Path) -> list[str]:
     """Categories of an rximg checkpoint folder; "" is the one without a name in its files."""
-    names = (path.name for path in folder.glob("*student.pth"))
+    names = (path.name for path in visible(folder) if path.name.endswith("student.pth"))
     return sorted(name.removesuffix("student.pth").removesuffix("_") for name in names)
 
 

@@ -102,6 +102,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     good = options.good_images
     if len(good) == 1 and Path(good[0]).is_dir():
         good = open_dataset(Path(good[0]), options.layout, options.category)
+        print_notes(good.notes)
     elif options.layout != "auto" or options.category:
         raise UsageError("--layout and --category go with one folder, not with a list of images")
     detector = load_detector(options.model, options.device)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from efficientad.cli.common import EXIT_STOPPED
+from efficientad.cli.common import EXIT_STOPPED, print_notes
 
 
 def add_train(commands: Any) -> None:
@@ -89,6 +89,7 @@ def run_train(options: argparse.Namespace) -> int:
         f"{dataset.name}: {len(dataset.train)} good images to train on, "
         f"{len(dataset.validation)} held out for validation, {len(dataset.test)} for tests"
     )
+    print_notes(dataset.notes)
     if options.penalty is None:
         print("warning: no --penalty: training without the pretraining penalty of the paper")
     license = teacher_license(options.teacher) if options.teacher or options.size == "S" else None

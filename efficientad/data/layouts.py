@@ -1,31 +1,28 @@
 """Layouts of data sets on the disk: which images are good, which are not, where the masks are.
 
-MVTec AD, MVTec LOCO AD, VisA and a plain folder of good images, recognised by content.
+MVTec AD (and BTAD), MVTec LOCO AD, VisA and a plain folder of good images, recognised by content.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from efficientad.data.datasets import GOOD, DataSet, Sample, Saturation, split_validation
-from efficientad.data.image_files import find_images
-from efficientad.data.mask_files import MaskFiles
-from efficientad.utils.folders import subfolders
+from efficientad.data.folder_names import (
+    is_good_name,
+    is_nearly_good_name,
+    plain_name,
+    says_not_good,
+)
+from efficientad.data.image_files import find_images, is_image
+from efficientad.data.mask_files import MASK_FOLDERS, MaskFiles, looks_like_mask
+from efficientad.data.visa import SPLIT, open_visa
+from efficientad.utils.folders import subfolders, visible
 
 LAYOUTS = ("mvtec", "loco", "visa", "folder")
-_PARTS = frozenset(("train", "test", "ground_truth"))
-# Words in the name of a folder by which not all images below it are good.
-_NOT_GOOD = frozenset(
-    "abnormal anomalies anomalous anomaly bad broken damaged defect defective defects error errors "
-    "fail failed failure fault faults faulty flaw flawed flaws mask masks ng nio nok reject "
-    "rejected rejects scrap".split()
-)
-_VISA_SPLIT = Path("split_csv", "1cls.csv")
 _LOOKED_FOR = (
     "mvtec (train/good, test/<defect>), loco (train/good, validation/good), "
     "visa (split_csv/1cls.csv) or a folder of good images"
@@ -40,10 +37,14 @@ def open_dataset(
     root: the folder of one object, or the data set's folder with `category` naming the object.
     layout: "mvtec", "loco", "visa", "folder", or "auto" to recognise it by content.
 
-    "folder" takes every image below root as good and has no test images. "auto" takes for one only
-    images that lie in a single folder, whose name does not say that they are not good (ValueError
-    that says what was looked for, or which categories there are). FileNotFoundError for a root or
-    a listed file that does not exist.
+    Folders are found in any case, and good ones may be called good, ok, normal and the like
+    (`data.folder_names`). "folder" takes every image below root as good and has no test images.
+    "auto" takes for one only images that lie in a single folder, whose name does not say that they
+    are not good. What a layout has no place for is named in the data set's notes.
+
+    Raises:
+        ValueError: no layout fits, or one does nearly: it says what was looked for and found, or
+            which categories there are. FileNotFoundError: root does not exist.
     """
     root = Path(root)
     if layout != "auto" and layout not in LAYOUTS:
@@ -51,31 +52,43 @@ def open_dataset(
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
     if layout in ("auto", "visa"):
-        if category is None and (root.parent / _VISA_SPLIT).is_file():
+        if category is None and (root.parent / SPLIT).is_file():
             root, category = root.parent, root.name
-        if layout == "auto" and (root / _VISA_SPLIT).is_file() and _looks_like(root):
+        if layout == "auto" and (root / SPLIT).is_file() and _looks_like(root):
             raise ValueError(
                 f"{root} looks like both visa and {_looks_like(root)[0]}; name a layout"
             )
-        if layout == "visa" or (root / _VISA_SPLIT).is_file():
-            return _open_visa(root, category)
+        if layout == "visa" or (root / SPLIT).is_file():
+            return open_visa(root, category)
     if category is not None:
         root = root / category
         if not root.is_dir():
             raise FileNotFoundError(f"no such category: {root}")
     layout = _recognise(root) if layout == "auto" else layout
     if layout == "folder":
-        train, validation = split_validation(_good(root))
+        train, validation = split_validation(_samples(find_images(root)))
         return DataSet(root, layout, root.resolve().name, train, validation)
     if layout not in _looks_like(root):
-        raise ValueError(f"{root} has not the layout {layout}; looked for {_LOOKED_FOR}")
-    return (_open_loco if layout == "loco" else _open_mvtec)(root)
+        raise ValueError(
+            f"{root} has not the layout {layout}; looked for {_LOOKED_FOR}{_nearly(root)}"
+        )
+    return _open_parts(root, layout)
+
+
+def _part(root: Path, name: str) -> Path | None:
+    """The folder of this name in root, in any case."""
+    found = [path for path in subfolders(root) if plain_name(path.name) == name]
+    return next((path for path in found if path.name == name), found[0] if found else None)
+
+
+def _good_folders(part: Path | None) -> list[Path]:
+    return [] if part is None else [p for p in subfolders(part) if is_good_name(p.name)]
 
 
 def _looks_like(root: Path) -> tuple[str, ...]:
-    if not (root / "train" / GOOD).is_dir():
+    if not _good_folders(_part(root, "train")):
         return ()
-    return ("loco", "mvtec") if (root / "validation" / GOOD).is_dir() else ("mvtec",)
+    return ("loco", "mvtec") if _good_folders(_part(root, "validation")) else ("mvtec",)
 
 
 def _recognise(root: Path) -> str:
@@ -88,65 +101,161 @@ def _recognise(root: Path) -> str:
         raise ValueError(f"{root} holds several objects, name a category: {', '.join(categories)}")
     holding = {path.parent.relative_to(root) for path in find_images(root)}
     parts = {path.name for path in folders} | {part for path in holding for part in path.parts}
-    beside = len(folders) > 1 and any(path.name.lower() == GOOD for path in folders)
-    if beside or len(holding) > 1 or any(map(_says_not_good, parts)):
+    beside = len(folders) > 1 and any(is_good_name(path.name) for path in folders)
+    if beside or len(holding) > 1 or any(map(says_not_good, parts)):
         held = sorted({"images" if not p.parts else p.as_posix() for p in holding} | parts)
-        shown = ", ".join(held[:8]) + (f" and {len(held) - 8} more" if len(held) > 8 else "")
         raise ValueError(
-            f"the layout of {root} is not clear: it holds {shown}; looked for {_LOOKED_FOR}. If "
-            "every image below it is good, say so: --layout folder (in Python "
-            "open_dataset(..., layout='folder'))"
+            f"the layout of {root} is not clear: it holds {_listed(held)}; looked for "
+            f"{_LOOKED_FOR}{_nearly(root)}. If every image below it is good, say so: --layout "
+            "folder (in Python open_dataset(..., layout='folder'))"
         )
     return "folder"
 
 
-def _says_not_good(name: str) -> bool:
-    name = name.lower()
-    return name in _PARTS or not _NOT_GOOD.isdisjoint(re.split(r"[^a-z]+", name))
+def _nearly(root: Path) -> str:
+    """What keeps a folder from the layout that it nearly has, "" if it has none nearly."""
+    train = _part(root, "train")
+    if train is not None:
+        held = [path.name for path in subfolders(train)]
+        if any(path.is_file() and is_image(path) for path in visible(train)):
+            held.insert(0, "images")
+        return (
+            f". It is nearly mvtec: {train.name} holds {_listed(held) or 'nothing'}, and the good "
+            "images must lie in a folder good (or ok, normal) in it"
+        )
+    if _part(root, "test") is not None:
+        return ". It is nearly mvtec: there is a folder test, and no train with good images"
+    if (root / SPLIT).parent.is_dir():
+        held = [path.name for path in visible((root / SPLIT).parent)]
+        return f". It is nearly visa: {SPLIT.parent} holds {_listed(held)}, not {SPLIT.name}"
+    if any((path / "Data" / "Images").is_dir() for path in (root, *subfolders(root))):
+        return (
+            f". It is nearly visa: {SPLIT.as_posix()} is missing, which says what is for training"
+        )
+    deeper = [path for folder in subfolders(root) for path in subfolders(folder)]
+    found = [path.relative_to(root).as_posix() for path in deeper if _looks_like(path)]
+    return f". Objects lie deeper: {_listed(found)}" if found else ""
 
 
-def _good(folder: Path) -> list[Sample]:
-    return [Sample(path) for path in find_images(folder)]
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _samples(paths: Sequence[Path]) -> list[Sample]:
+    return [Sample(path) for path in paths]
+
+
+def _good(part: Path, notes: list[str]) -> list[Sample]:
+    """The good images of train or validation; notes name what else is there."""
+    _refuse_nearly_good(part)
+    samples: list[Sample] = []
+    for folder in subfolders(part):
+        if not is_good_name(folder.name):
+            _note_unread(f"{part.name}/{folder.name}", folder, notes)
+            continue
+        inside = subfolders(folder)
+        if {"rgb", "xyz"} <= {path.name.lower() for path in inside}:
+            raise ValueError(
+                f"{folder} holds rgb and xyz, as MVTec 3D-AD does; copy the rgb images into the "
+                "layout of MVTec AD, since xyz and gt are no pictures to learn from"
+            )
+        for path in inside:
+            if says_not_good(path.name):
+                raise ValueError(
+                    f"{path} lies in a folder of good images, and its name says that not all in it "
+                    "are good; move it elsewhere"
+                )
+        samples += _samples(find_images(folder))
+    _note_loose(part, notes)
+    return samples
+
+
+def _refuse_nearly_good(part: Path) -> None:
+    """ValueError where nothing is called good and something nearly is: it could be misread."""
+    folders = subfolders(part)
+    nearly = [path.name for path in folders if is_nearly_good_name(path.name)]
+    if nearly and not _good_folders(part):
+        raise ValueError(
+            f"{part} holds {_listed([path.name for path in folders])}, none of which is called "
+            f"good; rename {_listed(nearly)} to good if its images are, else to a name without "
+            "such a word"
+        )
+
+
+def _note_unread(name: str, folder: Path, notes: list[str]) -> None:
+    try:
+        count = len(find_images(folder))
+    except ValueError:
+        return
+    notes.append(f"{count} images in {name} were left out: the folder has no place in the layout.")
+
+
+def _note_loose(part: Path, notes: list[str]) -> None:
+    count = sum(path.is_file() and is_image(path) for path in visible(part))
+    if count:
+        notes.append(
+            f"{count} images directly in {part.name} were left out: they must lie in folders such "
+            f"as {part.name}/good."
+        )
 
 
 def _test_samples(root: Path, notes: list[str]) -> tuple[Sample, ...]:
     """The test images, good and anomalous, in order, with their masks."""
-    files = MaskFiles(root)
-    test: list[Sample] = []
-    for folder in subfolders(root / "test"):
+    test = _part(root, "test")
+    if test is None:
+        return ()
+    _refuse_nearly_good(test)
+    files = MaskFiles(root if any(map(_holds_masks, subfolders(root))) else test)
+    samples: list[Sample] = []
+    for folder in subfolders(test):
+        if _holds_masks(folder):
+            continue
         try:
             paths = find_images(folder)
         except ValueError:
             notes.append(f"The test folder {folder.name} holds no image and was left out.")
             continue
-        defect = GOOD if folder.name.lower() == GOOD else folder.name
+        beside = [path for path in paths if looks_like_mask(path, paths)]
+        if beside:
+            notes.append(
+                f"{len(beside)} images in {test.name}/{folder.name} are called masks of pictures "
+                f"beside them and were left out; masks belong into ground_truth/{folder.name}."
+            )
+            paths = [path for path in paths if path not in set(beside)]
+        defect = GOOD if is_good_name(folder.name) else folder.name
+        if is_nearly_good_name(folder.name):
+            notes.append(f"{test.name}/{folder.name} counts as a defect: it is not called good.")
         for path, masks in zip(paths, files.assign(folder, paths), strict=True):
-            test.append(Sample(path, int(defect != GOOD), defect, masks))
+            samples.append(Sample(path, int(defect != GOOD), defect, masks))
+    _note_loose(test, notes)
     notes += files.notes()
-    return tuple(test)
+    return tuple(samples)
 
 
-def _open_mvtec(root: Path) -> DataSet:
-    train, validation = split_validation(_good(root / "train" / GOOD))
+def _holds_masks(folder: Path) -> bool:
+    return plain_name(folder.name) in MASK_FOLDERS
+
+
+def _open_parts(root: Path, layout: str) -> DataSet:
+    """MVTec AD, or MVTec LOCO AD, which brings its validation images."""
     notes: list[str] = []
+    train_folder, validation_folder = _part(root, "train"), _part(root, "validation")
+    assert train_folder is not None  # `_looks_like` has seen to it
+    good = _good(train_folder, notes)
+    saturation: dict[int, Saturation] = {}
+    if layout == "loco":
+        assert validation_folder is not None
+        train, validation = tuple(good), tuple(_good(validation_folder, notes))
+        saturation = _read_saturation(root)
+    else:
+        train, validation = split_validation(good)
     test = _test_samples(root, notes)
+    read = {"train", "test", *MASK_FOLDERS} | ({"validation"} if layout == "loco" else set())
+    for folder in subfolders(root):
+        if plain_name(folder.name) not in read:
+            _note_unread(folder.name, folder, notes)
     name = root.resolve().name
-    return DataSet(root, "mvtec", name, train, validation, test, notes=tuple(notes))
-
-
-def _open_loco(root: Path) -> DataSet:
-    notes: list[str] = []
-    test = _test_samples(root, notes)
-    return DataSet(
-        root,
-        "loco",
-        root.resolve().name,
-        tuple(_good(root / "train" / GOOD)),
-        tuple(_good(root / "validation" / GOOD)),
-        test,
-        _read_saturation(root),
-        tuple(notes),
-    )
+    return DataSet(root, layout, name, train, validation, test, saturation, tuple(notes))
 
 
 def _read_saturation(root: Path) -> dict[int, Saturation]:
@@ -154,7 +263,7 @@ def _read_saturation(root: Path) -> dict[int, Saturation]:
     for path in (root / "defects_config.json", root.resolve().parent / "defects_config.json"):
         if path.is_file():
             try:
-                entries = json.loads(path.read_text(encoding="utf-8"))
+                entries = json.loads(path.read_text(encoding="utf-8-sig"))
                 return {int(entry["pixel_value"]): _saturation(entry) for entry in entries}
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path} is not a defects_config.json: {error!r}") from error
@@ -166,33 +275,3 @@ def _saturation(entry: Mapping) -> Saturation:
     if not 0 < threshold <= (1 if relative else float("inf")):
         raise ValueError(f"saturation_threshold {threshold} with relative_saturation {relative}")
     return Saturation(str(entry["defect_name"]), threshold, relative)
-
-
-def _open_visa(root: Path, category: str | None) -> DataSet:
-    """VisA by its one-class split: columns object, split, label, image, mask, paths below root."""
-    path = root / _VISA_SPLIT
-    if not path.is_file():
-        raise ValueError(f"{root} has not the layout visa: no {_VISA_SPLIT}")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not {"object", "split", "label", "image", "mask"} <= set(rows[0] if rows else ()):
-        raise ValueError(f"{path} lacks rows or one of the columns object,split,label,image,mask")
-    objects = sorted({row["object"] for row in rows})
-    if category is None and len(objects) == 1:
-        category = objects[0]
-    if category is None or category not in objects:
-        raise ValueError(f"category must be one of {', '.join(objects)}, got {category!r}")
-    parts: dict[str, list[Sample]] = {"train": [], "test": []}
-    rows = [row for row in rows if row["object"] == category and row["split"] in parts]
-    for row in sorted(rows, key=lambda row: row["image"]):
-        normal = row["label"] == "normal"
-        masks = (root / row["mask"],) if row["mask"] else ()
-        for file in (root / row["image"], *masks):
-            if not file.is_file():
-                raise FileNotFoundError(f"{path} lists a file that does not exist: {file}")
-        defect = GOOD if normal else row["label"]
-        parts[row["split"]].append(Sample(root / row["image"], int(not normal), defect, masks))
-    if not parts["train"] or any(sample.label for sample in parts["train"]):
-        raise ValueError(f"{path}: the training images of {category} must be normal, and some")
-    train, validation = split_validation(parts["train"])
-    return DataSet(root, "visa", category, train, validation, tuple(parts["test"]))

@@ -7,21 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from efficientad.data.folder_names import plain_name
 from efficientad.data.image_files import is_image
 from efficientad.utils.folders import files_below, subfolders
 
-_FOLDERS = ("groundtruth", "groundtruths", "masks", "mask", "gt")
+MASK_FOLDERS = ("groundtruth", "groundtruths", "masks", "mask", "gt")
 # What may follow the picture's own name in that of its mask, and a number if there are several.
 _TAIL = re.compile(
     r"[ _.-]*(mask|masks|gt|ground[ _-]?truth|label|labels|seg|segmentation|annotation)"
     r"[ _.-]*\d*"
 )
 _LISTED = 8
-
-
-def plain_name(name: str) -> str:
-    """A name without case and separators: "groundtruth" of "Ground-Truth" and "ground_truth"."""
-    return re.sub(r"[ _.-]+", "", name.casefold())
 
 
 class MaskFiles:
@@ -34,8 +30,8 @@ class MaskFiles:
     """
 
     def __init__(self, root: Path) -> None:
-        found = [path for path in subfolders(root) if plain_name(path.name) in _FOLDERS]
-        found.sort(key=lambda path: _FOLDERS.index(plain_name(path.name)))
+        found = [path for path in subfolders(root) if plain_name(path.name) in MASK_FOLDERS]
+        found.sort(key=lambda path: MASK_FOLDERS.index(plain_name(path.name)))
         self.folder = found[0] if found else None
         self._files = [] if self.folder is None else files_below(self.folder)
         self._taken: set[Path] = set()
@@ -103,6 +99,14 @@ class MaskFiles:
         names = [path.relative_to(self.folder).as_posix() for path in paths[:_LISTED]]
         more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
         return ", ".join(names) + f"{more}."
+
+
+def looks_like_mask(path: Path, beside: Sequence[Path]) -> bool:
+    """Whether a file is called a mask of another one among its neighbours: "0_mask" beside "0"."""
+    if not _TAIL.search(path.stem.casefold()):
+        return False
+    tails = (_tail(path, other) for other in beside if other.parent == path.parent)
+    return any(tail is not None and _TAIL.fullmatch(tail) for tail in tails)
 
 
 def _tail(mask: Path, picture: Path) -> str | None:

@@ -173,7 +173,13 @@ def test_visa(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="candle, pcb1"):
             open_dataset(root, category=category)
     data.test[0].masks[0].unlink()
+    data.test[1].path.unlink()
+    data = open_dataset(root, category="pcb1")  # each fails alone
     with pytest.raises(FileNotFoundError, match="Masks"):
+        data.read_truth(data.test[0])
+    for sample in (*data.train, *data.validation, *data.test):
+        sample.path.unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="lists 13 images of pcb1, none of which exists"):
         open_dataset(root, category="pcb1")
 
 
