@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -51,11 +51,36 @@ def lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
 
 
 class _Precision:
-    """What torch's process-wide setting was before the first of those who changed it."""
+    """What torch's process-wide settings were before the first of those who changed them."""
 
     lock = threading.Lock()
     users = 0
-    before = ""
+    allow_tf32: bool | None = None  # the older setting, of convolutions and RNNs; None: unreadable
+    named: ClassVar[dict[str, str]] = {}  # the newer ones, one an operation
+
+    @classmethod
+    def switch_off(cls) -> None:
+        cudnn: Any = torch.backends.cudnn
+        cls.named = {name: getattr(cudnn, name).fp32_precision for name in ("conv", "rnn")}
+        try:
+            cls.allow_tf32 = cudnn.allow_tf32
+        except RuntimeError:  # a user has set convolutions and RNNs differently by the newer names
+            cls.allow_tf32 = None
+            del cls.named["rnn"]
+        else:  # both, or the older setting's getter would raise from here on
+            cudnn.allow_tf32 = False
+        for name in cls.named:
+            getattr(cudnn, name).fp32_precision = "ieee"
+
+    @classmethod
+    def restore(cls) -> None:
+        cudnn: Any = torch.backends.cudnn
+        if cls.allow_tf32 is not None:
+            cudnn.allow_tf32 = cls.allow_tf32
+        for name, before in cls.named.items():
+            # Not set if it has the value: it may have it from a setting above, and is to follow it.
+            if getattr(cudnn, name).fp32_precision != before:
+                getattr(cudnn, name).fp32_precision = before
 
 
 @contextmanager
@@ -65,11 +90,9 @@ def full_float32() -> Iterator[None]:
 
     The setting is the process's. It is put back when the last thread leaves.
     """
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # not in torch's stubs
     with _Precision.lock:
         if not _Precision.users:
-            _Precision.before = conv.fp32_precision
-            conv.fp32_precision = "ieee"
+            _Precision.switch_off()
         _Precision.users += 1
     try:
         yield
@@ -77,7 +100,7 @@ def full_float32() -> Iterator[None]:
         with _Precision.lock:
             _Precision.users -= 1
             if not _Precision.users:
-                conv.fp32_precision = _Precision.before
+                _Precision.restore()
 
 
 def cpu_multiplies_bfloat16() -> bool:

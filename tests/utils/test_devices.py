@@ -12,27 +12,67 @@ from efficientad.utils import devices
 def precisions():
     """torch's settings of float32 on CUDA, put back after the test."""
     cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision
     yield cudnn
     torch.backends.fp32_precision = "none"
-    cudnn.conv.fp32_precision = before
-    assert cudnn.allow_tf32 is True
+    cudnn.fp32_precision = "none"
+    cudnn.allow_tf32 = True  # sets both of the newer names, too
+    assert settings(cudnn)["conv"] == settings(cudnn)["rnn"] == "tf32"
 
 
-def test_full_float32_switches_tf32_off_and_back(precisions):
-    for before in (True, False, True):
-        precisions.allow_tf32 = before
-        with devices.full_float32():
-            assert precisions.conv.fp32_precision == "ieee"
-        assert precisions.allow_tf32 is before
+def settings(cudnn) -> dict:
+    """All that a program can read, by the older name and by the newer ones."""
+    found = {name: getattr(cudnn, name).fp32_precision for name in ("conv", "rnn")}
+    found |= {"cudnn": cudnn.fp32_precision, "all": torch.backends.fp32_precision}
+    try:
+        return found | {"allow_tf32": cudnn.allow_tf32}
+    except RuntimeError as error:
+        return found | {"allow_tf32": str(error)}
 
 
-def test_full_float32_where_a_user_has_set_the_precision_by_its_newer_name(precisions):
+def by_the_older_name(allow: bool):
+    def set_it(cudnn) -> None:
+        cudnn.allow_tf32 = allow
+
+    return set_it
+
+
+def everything_in_full(cudnn) -> None:
+    cudnn.allow_tf32 = False
     torch.backends.fp32_precision = "ieee"
-    precisions.conv.fp32_precision = "ieee"
+
+
+def everything_in_tf32(cudnn) -> None:
+    cudnn.allow_tf32 = True
+    torch.backends.fp32_precision = "tf32"
+
+
+def convolutions_alone(cudnn) -> None:
+    """After it the older name cannot be read."""
+    cudnn.conv.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize(
+    "user",
+    [by_the_older_name(True), by_the_older_name(False), everything_in_full, everything_in_tf32,
+     convolutions_alone],
+    ids=["tf32", "no tf32", "all in full", "all in tf32", "mixed"],
+)  # fmt: skip
+def test_full_float32_switches_tf32_off_and_puts_back_what_was_there(user, precisions):
+    user(precisions)
+    before = settings(precisions)
     with devices.full_float32():
-        assert precisions.conv.fp32_precision == "ieee"
-    assert precisions.conv.fp32_precision == "ieee"
+        inside = settings(precisions)
+        assert inside["conv"] == "ieee"
+        assert inside["allow_tf32"] is False or user is convolutions_alone
+    assert settings(precisions) == before
+
+
+def test_what_followed_a_setting_above_follows_it_afterwards(precisions):
+    everything_in_full(precisions)
+    with devices.full_float32():
+        pass
+    torch.backends.fp32_precision = "tf32"
+    assert precisions.conv.fp32_precision == "tf32"
 
 
 def test_full_float32_lasts_until_the_last_thread_leaves(precisions):
