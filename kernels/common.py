@@ -33,8 +33,34 @@ def needs_fence(target: int) -> bool:
     fence there, 3.6 does not; in between it is put in twice rather than not at all. The interpreter
     has no such thing.
     """
-    newest = tuple(int(n) for n in triton.__version__.split(".")[:2])
-    return target // 10 == 9 and newest < (3, 9) and not interpreted()
+    return target // 10 == 9 and _version() < (3, 9) and not interpreted()
+
+
+@triton.jit
+def to_e4m3(x):
+    """x, float32 within e4m3's range or NaN, rounded once; see `rounds_twice`."""
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+        }""",
+        "=r,r,r,r,r", [x], dtype=tl.float8e4nv, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+def rounds_twice(target: int) -> bool:
+    """Whether Triton makes float8_e4m3fn of float32 by way of float16, which rounds twice.
+
+    sm_89 has an instruction that rounds once. Triton 3.9 uses it there, 3.6 does not.
+    """
+    return target == 89 and _version() < (3, 9) and not interpreted()
+
+
+def _version() -> tuple[int, ...]:
+    """Triton's, major and minor."""
+    return tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
 def interpreted() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from .common import needs_fence, relu, target_of
+from .common import needs_fence, relu, rounds_twice, target_of
 from .grouped import (
     Tile,
     accumulate_conv,
@@ -87,6 +87,7 @@ def _conv_kernel(
     SCALED: tl.constexpr,
     USE_TMA: tl.constexpr,
     FENCE: tl.constexpr,
+    TO_E4M3: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -130,7 +131,7 @@ def _conv_kernel(
     offset = pixel.to(tl.int64)[:, None] * cout + (n - network * COUT0)[None, :]
     tl.store(
         y_ptr + network * y_delta + offset,
-        stored(acc, y_ptr.dtype.element_ty),
+        stored(acc, y_ptr.dtype.element_ty, TO_E4M3),
         mask=(pixel < n_pixels)[:, None],
     )
 
@@ -183,6 +184,7 @@ def constants(
         "SCALED": scaled,
         "USE_TMA": uses_tma(target),
         "FENCE": needs_fence(target),
+        "TO_E4M3": rounds_twice(target),
         "BM": tile.bm,
         "BN": bn,
         "BK": bk,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import relu, target_of
+from .common import relu, rounds_twice, target_of
 from .grouped import (
     Tile,
     check_aligned,
@@ -57,6 +57,7 @@ def _first_conv_kernel(
     COUT: tl.constexpr,
     POOL_PAD: tl.constexpr,
     POOL_SCALE: tl.constexpr,
+    TO_E4M3: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
@@ -89,13 +90,18 @@ def _first_conv_kernel(
     place = n + (n // COUT) * (y_delta - COUT)  # [BN] int64, into the network's own tensor
     tl.store(
         y_ptr + pixel.to(tl.int64)[:, None] * COUT + place[None, :],
-        stored(acc, y_ptr.dtype.element_ty),
+        stored(acc, y_ptr.dtype.element_ty, TO_E4M3),
         mask=(pixel < n_pixels)[:, None],
     )
 
 
 def constants(
-    tile: Tile, couts: tuple[int, ...], *, pool_padding: int = 0, pool_scale: float = 0.25
+    tile: Tile,
+    target: int,
+    couts: tuple[int, ...],
+    *,
+    pool_padding: int = 0,
+    pool_scale: float = 0.25,
 ) -> dict:
     """The kernel's constexpr arguments.
 
@@ -112,6 +118,7 @@ def constants(
         "COUT": couts[0],
         "POOL_PAD": pool_padding,
         "POOL_SCALE": pool_scale,
+        "TO_E4M3": rounds_twice(target),
         "BM": tile.bm,
         "BN": bn,
     }
@@ -126,8 +133,9 @@ def _launch(x, weight, bias, out, out_size, *, target, tile, pool_padding, pool_
     check_consecutive("weight", weight)
     check_consecutive("bias", bias)
     check_rows(4 * pixels)
-    tile = tile or from_table(TILES, target_of(x) if target is None else target, pixels)
-    values = constants(tile, couts, pool_padding=pool_padding, pool_scale=pool_scale)
+    target = target_of(x) if target is None else target
+    tile = tile or from_table(TILES, target, pixels)
+    values = constants(tile, target, couts, pool_padding=pool_padding, pool_scale=pool_scale)
     if pixels == 0:
         return
     programs = triton.cdiv(4 * pixels, tile.bm) * (sum(couts) // values["BN"])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import proxy_fence
+from .common import proxy_fence, to_e4m3
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those with a row in every tile table
 FP8_MIN_TARGET = 89
@@ -167,12 +167,17 @@ def sum_window(acc, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def stored(acc, DTYPE: tl.constexpr):
-    """The result's dtype; fp8 saturates what is finite and makes NaN of infinity."""
+def stored(acc, DTYPE: tl.constexpr, TO_E4M3: tl.constexpr):
+    """The result's dtype; fp8 saturates what is finite and makes NaN of infinity.
+
+    TO_E4M3: of `rounds_twice`.
+    """
     if DTYPE == tl.float8e4nv:
         acc = tl.where(tl.abs(acc) == float("inf"), float("nan"), acc)
         acc = tl.maximum(acc, -FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
         acc = tl.minimum(acc, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        if TO_E4M3:
+            return to_e4m3(acc)
     return acc.to(DTYPE)
 
 

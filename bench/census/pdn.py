@@ -54,7 +54,7 @@ def _first_case(
     arch: int, size: str, mode: str, couts: tuple[int, int], pixels: int, padded: bool, dtype: str
 ) -> CensusCase:
     tile = grouped.from_table(first_conv.TILES, arch, pixels)
-    values = first_conv.constants(tile, couts, pool_padding=int(padded))
+    values = first_conv.constants(tile, arch, couts, pool_padding=int(padded))
     image = "fp16" if dtype == "fp8" else dtype
     return CensusCase(
         kernel="first_conv_relu_pool",

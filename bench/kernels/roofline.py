@@ -109,7 +109,7 @@ def pdn_launches(size: str, batch: int) -> list[Launch]:
         channels, k = sum(couts), kernel**2 * cin[0]
         if i == 1:  # four RGBX pixels a filter row
             tile = grouped.from_table(first_conv.TILES, TARGET, stored)
-            bn, k = first_conv.constants(tile, couts)["BN"], 64
+            bn, k = first_conv.constants(tile, TARGET, couts)["BN"], 64
         else:
             tile = conv.choose_tile(TARGET, stored, couts, pool)
             bn = tile.bn

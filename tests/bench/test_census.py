@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.census import compile as census
+from efficientad.kernels import common
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -95,6 +96,51 @@ def test_every_configuration_on_every_architecture(tmp_path):
     assert {row["dtype"] for row in table} >= {"fp16", "bf16", "fp8", "fp32"}
     names = [(row["kernel"], row["config"], row["arch"], row["dtype"]) for row in table]
     assert len(set(names)) == len(names)
+
+
+CONVERSIONS = r"""
+import collections, dataclasses, json, re, triton
+from triton.backends.compiler import GPUTarget
+from bench.census import compile as census
+
+found = {}
+for case in census.cases(89):
+    if case.dtype == "fp8" and "TO_E4M3" in case.constexprs and case.kernel not in found:
+        found[case.kernel] = []
+        options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+        options["enable_fp_fusion"] = True
+        for asm in (case.constexprs["TO_E4M3"], True):
+            one = dataclasses.replace(case, constexprs=case.constexprs | {"TO_E4M3": asm})
+            target = GPUTarget("cuda", 89, 32)
+            ptx = triton.compile(census.source_of(one), target=target, options=options).asm["ptx"]
+            kinds = re.findall(r"cvt[.\w]*[.]e4m3x2[.](\w+)", ptx)
+            found[case.kernel].append(collections.Counter(kinds))
+print(json.dumps(found))
+"""
+
+
+def test_fp8_is_rounded_once_on_sm_89():
+    """From float32, without float16 in between: as shipped, and by the kernels' own instruction."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", CONVERSIONS]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"first_conv_relu_pool", "conv_relu", "conv_relu_pool"}
+    for shipped, own in found.values():
+        assert set(shipped) == {"f32"}
+        assert own == shipped
+
+
+@pytest.mark.parametrize(
+    ("version", "target", "interpreted", "twice"),
+    [("3.6.0", 89, "0", True), ("3.9.0", 89, "0", False), ("3.6.0", 90, "0", False),
+     ("3.6.0", 120, "0", False), ("3.6.0", 89, "1", False)],
+)  # fmt: skip
+def test_where_triton_would_round_twice(version, target, interpreted, twice, monkeypatch):
+    monkeypatch.setattr(common.triton, "__version__", version)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    assert common.rounds_twice(target) == twice
 
 
 GOOD = {
