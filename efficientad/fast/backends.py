@@ -91,11 +91,16 @@ class KernelBackend:
         """Packed images -> partial maps (P, N, h, w); the autoencoder on a stream of its own."""
         run = self._workspace.runner(len(packed))
         arguments = (self.plan, self.weights, packed, self._kernels, run)
-        with self._branch():
-            decoded = autoencoder(*arguments)
-        features = trunk(*arguments)
-        if len(packed) <= IN_TURN:
-            return distance_maps_in_turn(self.weights, features, decoded, self._kernels, self._join)
+        try:
+            with self._branch():
+                decoded = autoencoder(*arguments)
+            features = trunk(*arguments)
+            if len(packed) <= IN_TURN:
+                join = self._join
+                return distance_maps_in_turn(self.weights, features, decoded, self._kernels, join)
+        except BaseException:
+            self._join()  # or a capture ends in another error, and buffers are free too early
+            raise
         self._join()
         return distance_maps(self.weights, features, decoded, self._kernels)
 

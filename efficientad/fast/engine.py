@@ -23,6 +23,7 @@ from efficientad.fast.self_check import build_backend
 from efficientad.model.calibration import GoodImages
 from efficientad.model.detector import EfficientAD
 from efficientad.ops import frame_path
+from efficientad.utils.cuda_graphs import wait_before_drop
 
 Size = tuple[int, int]
 
@@ -68,6 +69,8 @@ class Engine:
         self.score_size = detector.score_size
         self.lock = threading.Lock()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            wait_before_drop(self, self.stream)
         self._wait_for_caller()
         with self.on_device(), torch.no_grad():
             self.backend: Backend

@@ -1,9 +1,10 @@
-"""CUDA graphs are captured here, one at a time in the process."""
+"""CUDA graphs are captured here, one at a time in the process, and their owners outlive them."""
 
 from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,3 +39,12 @@ def captured(
         finally:
             if collecting:
                 gc.enable()
+
+
+def wait_before_drop(owner: object, stream: torch.cuda.Stream) -> None:
+    """Let go of an object's graphs, pinned memory and buffers only when `stream` has run.
+
+    When `owner` is dropped, the host waits for what was submitted on `stream`; then the owner's
+    attributes go. Not at the program's end, where the driver may be gone already.
+    """
+    weakref.finalize(owner, stream.synchronize).atexit = False
