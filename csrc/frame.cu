@@ -1,7 +1,8 @@
-// Includes frame_cuda.h and the CUDA runtime: the frame path's kernels.
+// Includes frame_cuda.h, the CUDA runtime and dlopen: the frame path's kernels.
 //
 // They do the host twin's arithmetic in its order, so frames come out with the same bits.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <stdexcept>
 #include <string>
@@ -64,19 +65,38 @@ void check(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// This module has a runtime of its own, so the caller's device is set and put back here.
+// The driver's functions that tell and set the calling thread's context; 0 is success. They are
+// looked up, so that the module loads where there is no driver.
+struct Contexts {
+  using Get = int (*)(void**);
+  using Set = int (*)(void*);
+  Get get = nullptr;
+  Set set = nullptr;
+
+  Contexts() {
+    if (void* driver = dlopen("libcuda.so.1", RTLD_NOW)) {
+      get = reinterpret_cast<Get>(dlsym(driver, "cuCtxGetCurrent"));
+      set = reinterpret_cast<Set>(dlsym(driver, "cuCtxSetCurrent"));
+    }
+  }
+};
+
+// The launch's device, whose context is there: its memory is in it. The caller's context is put
+// back and not its device, since cudaSetDevice makes a context on a device that had none.
 class OnDevice {
  public:
-  explicit OnDevice(int device) : device_(device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+  explicit OnDevice(int device) {
+    static const Contexts found;
+    contexts_ = &found;
+    if (!found.get || !found.set || found.get(&before_) != 0)
+      throw std::runtime_error("CUDA: the driver does not tell the current context");
+    check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~OnDevice() {
-    if (before_ != device_) cudaSetDevice(before_);
-  }
+  ~OnDevice() { contexts_->set(before_); }
 
  private:
-  int before_ = 0, device_;
+  const Contexts* contexts_;
+  void* before_ = nullptr;
 };
 
 }  // namespace

@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RUNTIME = """
 #pragma once
+#include <dlfcn.h>
 #include <pthread.h>
+#include <string.h>
 #include <algorithm>
 #include <thread>
 #include <vector>
@@ -44,8 +46,26 @@ static pthread_barrier_t barrier;
 using cudaError_t = int;
 constexpr int cudaSuccess = 0;
 inline int cudaGetLastError() { return 0; }
-inline int cudaGetDevice(int* device) { return *device = 0; }
-inline int cudaSetDevice(int) { return 0; }
+// Devices whose primary context is there, and the calling thread's context.
+static bool there[2];
+static void* current = nullptr;
+static bool no_driver = false;
+inline int cudaSetDevice(int device) {
+  there[device] = true;
+  current = &there[device];
+  return 0;
+}
+inline int get_current(void** context) { return *context = current, 0; }
+inline int set_current(void* context) { return current = context, 0; }
+inline void* open_driver(const char* name, int) {
+  return no_driver || strcmp(name, "libcuda.so.1") ? nullptr : &there;
+}
+inline void* find(void*, const char* name) {
+  if (!strcmp(name, "cuCtxGetCurrent")) return reinterpret_cast<void*>(get_current);
+  return strcmp(name, "cuCtxSetCurrent") ? nullptr : reinterpret_cast<void*>(set_current);
+}
+#define dlopen open_driver
+#define dlsym find
 inline const char* cudaGetErrorString(int) { return ""; }
 template <class Kernel, class... Arguments>
 void emulate(dim3 grid, unsigned size, Kernel kernel, Arguments... arguments) {
@@ -69,6 +89,27 @@ using namespace efficientad;
 extern "C" void run_resize_pack(Frame* f, Taps* y, Taps* x, Normal* n, Packed* out) {
   cuda::resize_pack(*f, *y, *x, *n, *out, 0, 0);
 }
+// Contexts after a launch on `device` by a thread whose context is that of device `before`, or none
+// if that is -1: a bit per device that has one, and behind them whether the thread's is the same.
+extern "C" int run_on_device(int device, int before, Frame* f, Taps* y, Taps* x, Normal* n,
+                             Packed* out) {
+  there[0] = there[1] = false;
+  current = nullptr;
+  if (before >= 0) cudaSetDevice(before);
+  void* const had = current;
+  cuda::resize_pack(*f, *y, *x, *n, *out, device, 0);
+  return there[0] | there[1] << 1 | (current == had) << 2;
+}
+extern "C" const char* without_driver(Frame* f, Taps* y, Taps* x, Normal* n, Packed* out) {
+  no_driver = true;
+  static std::string text;
+  try {
+    cuda::resize_pack(*f, *y, *x, *n, *out, 0, 0);
+  } catch (const std::runtime_error& error) {
+    text = error.what();
+  }
+  return text.c_str();
+}
 """
 P, N, L, X = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -86,12 +127,20 @@ def taps(source: int, target: int):
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """csrc/frame.cu as a library of the host compiler."""
+def emulated(tmp_path_factory):
+    """Compiles csrc/frame.cu with the host compiler to a library, a new one at each call."""
+    return lambda: _emulated(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def kernels(emulated):
+    return emulated()
+
+
+def _emulated(folder: Path) -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler on the PATH")
-    folder = tmp_path_factory.mktemp("emulated")
     (folder / "cuda_runtime.h").write_text(RUNTIME)
     text = (ROOT / "csrc" / "frame.cu").read_text()
     launch = r"(\w+)<<<grid, kThreads, 0, reinterpret_cast<cudaStream_t>\(stream\)>>>\("
@@ -148,6 +197,37 @@ def test_emulated_resize_pack_has_the_bits_of_the_host(
     assert torch.equal(have[1], resize_pack(frame, target, MEAN, STD, **options))
     assert have[0].isnan().all()
     assert have[2].isnan().all()
+
+
+def one_pixel() -> tuple[tuple, tuple]:
+    """Arguments of a launch, and what they keep alive: the result among it."""
+    (rows, table), pixel, out = taps(1, 1), torch.zeros(1, dtype=torch.uint8), torch.ones(4)
+    arguments = (
+        struct((P, pixel.data_ptr()), (L, 1), (N, 1), (N, 1), (N, 1)), rows, rows,
+        struct(*((X, value) for value in (*MEAN, *STD))),
+        struct((P, out.data_ptr()), (N, 1), (N, 1), (N, 0), (N, 4), (N, frame_path.KINDS[out.dtype])),
+    )  # fmt: skip
+    return arguments, (pixel, out, table)
+
+
+@pytest.mark.parametrize("before", [-1, 0, 1])
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_launch_makes_no_context_on_another_device(device, before, kernels):
+    """Nor does it change that of the calling thread."""
+    arguments, _kept = one_pixel()
+    there = {device, before} - {-1}
+    expected = sum(1 << one for one in there) | 4
+    assert kernels.run_on_device(device, before, *arguments) == expected
+
+
+def test_without_a_driver_a_launch_says_so(emulated):
+    """In a library of its own: what a process has found of the driver, it keeps."""
+    kernels = emulated()
+    kernels.without_driver.restype = ctypes.c_char_p
+    arguments, _kept = one_pixel()
+    assert (
+        kernels.without_driver(*arguments) == b"CUDA: the driver does not tell the current context"
+    )
 
 
 def test_on_a_device_the_bits_are_the_hosts_also_in_a_graph(device):
