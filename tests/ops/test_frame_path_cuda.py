@@ -205,7 +205,8 @@ def one_pixel() -> tuple[tuple, tuple]:
     arguments = (
         struct((P, pixel.data_ptr()), (L, 1), (N, 1), (N, 1), (N, 1)), rows, rows,
         struct(*((X, value) for value in (*MEAN, *STD))),
-        struct((P, out.data_ptr()), (N, 1), (N, 1), (N, 0), (N, 4), (N, frame_path.KINDS[out.dtype])),
+        struct((P, out.data_ptr()), (N, 1), (N, 1), (N, 0), (N, 4),
+               (N, frame_path.KINDS[out.dtype])),
     )  # fmt: skip
     return arguments, (pixel, out, table)
 
