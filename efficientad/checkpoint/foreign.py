@@ -39,6 +39,9 @@ _AUTOENCODER_NAMES = tuple(f"encoder.enconv{i}" for i in range(1, 7)) + tuple(
 )
 
 
+_WRAPPERS = ("module", "_orig_mod")
+
+
 class Network(NamedTuple):
     """One network of a file."""
 
@@ -61,7 +64,24 @@ def tensors_of(node: object) -> dict[str, LazyTensor]:
                 for name, value in mapping(attributes(module).get(group)).items():
                     if isinstance(value, LazyTensor):
                         flat[f"{prefix}{name}"] = value
-    return {name.replace("_orig_mod.", ""): value for name, value in flat.items()}
+    return _unwrapped(flat)
+
+
+def _unwrapped(flat: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors by the names of the network itself, without those of what it was wrapped in.
+
+    Those are "module" of data parallel and averaged models and "_orig_mod" of compiled ones.
+    """
+    found: dict[str, LazyTensor] = {}
+    wrapped = any(name.startswith(f"{wrapper}.") for wrapper in _WRAPPERS for name in flat)
+    for name, value in flat.items():
+        if wrapped and name == "n_averaged":  # how often an averaged model was updated
+            continue
+        own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if own in found:
+            raise CheckpointError(f"has {own} twice, once inside of a wrapper; which one is meant?")
+        found[own] = value
+    return found
 
 
 def modules_of(node: object) -> Iterator[tuple[str, Placeholder]]:
@@ -74,7 +94,9 @@ def modules_of(node: object) -> Iterator[tuple[str, Placeholder]]:
         seen.add(id(module))
         yield prefix, module
         children = mapping(attributes(module).get("_modules")).items()
-        stack += [(f"{prefix}{name}.", child) for name, child in children]
+        stack += [
+            (prefix if name in _WRAPPERS else f"{prefix}{name}.", child) for name, child in children
+        ]
 
 
 def find_objects(node: object) -> dict[str, Placeholder]:

@@ -23,6 +23,7 @@ from efficientad.checkpoint.safe_pickle import CheckpointError, reading
 from efficientad.checkpoint.torch_zip import file_kind, read_torch
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN, check_model_size
+from efficientad.utils.file_kinds import kind_of_file
 
 _KNOWN = (
     "a file of efficientad.save; an anomalib .ckpt, state dict or exported .pt of EfficientAd; a "
@@ -148,8 +149,7 @@ def _read(path: Path) -> object:
         return open_safetensors(path)[1]
     if kind in ("torch", "pickle"):
         return read_torch(path)
-    found = {"empty": "is empty", "npy": "is a NumPy file"}.get(kind, "is of an unknown format")
-    raise CheckpointError(f"{found}; expected {_KNOWN}")
+    raise CheckpointError(f"is {kind_of_file(path) or 'of an unknown format'}; expected {_KNOWN}")
 
 
 def _folder(path: Path, category: str | None, teacher: Path | None) -> Contents:

@@ -94,6 +94,15 @@ def print_metrics(
         print(f"{name:<{width}}  {shown}")
 
 
+def print_threshold_doubt(images: int, false_positive_rate: float) -> None:
+    """Say what a threshold from so many images cannot show, if it cannot show the rate."""
+    if false_positive_rate * images < 1:
+        print(
+            f"note: {images} images cannot show a rate of {false_positive_rate:g}; the threshold "
+            "is the highest of their scores"
+        )
+
+
 class Bars:
     """Progress bars: `bars(what, done, total)` moves one, `log` prints a line above them."""
 

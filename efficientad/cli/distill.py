@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from efficientad.cli.common import UsageError, progress_bars
+from efficientad.cli.common import UsageError, print_notes, progress_bars
 
 _EPILOG = """\
 The defaults are the paper's (Algorithm 3): 60,000 steps of 16 whole photos at a rate of 1e-4, which
@@ -69,7 +69,7 @@ def run_distill(options: argparse.Namespace) -> int:
     Raises ValueError, OSError or ImportError, whose text the command line prints.
     """
     from efficientad.checkpoint.teachers import DEFAULT_LICENSE
-    from efficientad.data.image_files import find_images
+    from efficientad.data.image_files import find_images, left_out
     from efficientad.distillation.backbones import check_backbone, file_digest, load_backbone
     from efficientad.distillation.distiller import Distillation
     from efficientad.distillation.recipe import Recipe
@@ -89,6 +89,7 @@ def run_distill(options: argparse.Namespace) -> int:
     )
     device = choose_device(options.device)
     photos = find_images(options.photos)
+    print_notes(left_out(options.photos))
     backbone = load_backbone(options.backbone).to(device)
     check_backbone(backbone, device)
     stopping = (signal.SIGINT, signal.SIGTERM)

@@ -16,6 +16,7 @@ from efficientad.cli.common import (
     load_detector,
     print_metrics,
     print_notes,
+    print_threshold_doubt,
     progress_bars,
     refuse_overwrite,
     require_calibration,
@@ -93,6 +94,7 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
 def run_calibrate(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from efficientad.checkpoint.native_file import save
+    from efficientad.data.image_files import left_out
     from efficientad.data.layouts import open_dataset
     from efficientad.model.calibration import calibrate
 
@@ -105,6 +107,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
         print_notes(good.notes)
     elif options.layout != "auto" or options.category:
         raise UsageError("--layout and --category go with one folder, not with a list of images")
+    else:
+        print_notes(left_out(good))
     detector = load_detector(options.model, options.device)
     if options.border is not None or options.map_padding is not None:
         detector.set_map_rule(options.border, options.map_padding)
@@ -126,11 +130,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
         f"threshold {detector.threshold:.6g} from {facts['threshold_rests_on']} good images "
         f"(target false-positive rate {options.fpr:g})"
     )
-    if options.fpr * facts["threshold_rests_on"] < 1:
-        print(
-            f"note: {facts['threshold_rests_on']} images cannot show a rate of {options.fpr:g}; "
-            "the threshold is the highest of their scores"
-        )
+    print_threshold_doubt(facts["threshold_rests_on"], options.fpr)
     print(f"saved: {out}")
     list_failed(failed)
     return EXIT_SOME_FAILED if failed else EXIT_OK

@@ -18,6 +18,7 @@ from efficientad.cli.common import (
     check_running,
     list_failed,
     load_detector,
+    print_notes,
     progress_bars,
     require_calibration,
 )
@@ -68,6 +69,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
 def run_predict(options: argparse.Namespace) -> int:
     """Score images, write overlays, maps and a report; returns the exit code."""
     from efficientad.data.decoding import ImageError, read_image
+    from efficientad.data.image_files import left_out
     from efficientad.results.output_folder import ResultFolder, output_names
     from efficientad.utils.files import plain_text
 
@@ -82,7 +84,9 @@ def run_predict(options: argparse.Namespace) -> int:
             "--fail-on-anomaly needs a threshold and the detector has none; give --threshold, or "
             f"run `efficientad calibrate {options.model} GOOD_IMAGES`"
         )
-    notes = _notes(options, detector)
+    unread = left_out(options.images)
+    print_notes(unread)
+    notes = [*_notes(options, detector), *unread]
     run = _prepare(detector, options)  # the detector may lie on a GPU now
     folder = ResultFolder(
         options.out,

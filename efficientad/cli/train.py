@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from efficientad.cli.common import EXIT_STOPPED, print_notes
+from efficientad.cli.common import EXIT_STOPPED, print_notes, print_threshold_doubt
 
 
 def add_train(commands: Any) -> None:
@@ -75,6 +75,7 @@ def add_train(commands: Any) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """Carry out `efficientad train`; returns the exit code."""
     from efficientad.checkpoint.teachers import teacher_license
+    from efficientad.data.image_files import left_out
     from efficientad.data.layouts import open_dataset
     from efficientad.training.fitting import fit
     from efficientad.training.settings import PenaltyWarning, TrainingStopped, state_beside
@@ -92,6 +93,8 @@ def run_train(options: argparse.Namespace) -> int:
     print_notes(dataset.notes)
     if options.penalty is None:
         print("warning: no --penalty: training without the pretraining penalty of the paper")
+    else:
+        print_notes(left_out(options.penalty))
     license = teacher_license(options.teacher) if options.teacher or options.size == "S" else None
     if license is not None:
         print(f"licence of the teacher, and so of the detector: {license}")
@@ -137,6 +140,7 @@ def run_train(options: argparse.Namespace) -> int:
     facts = detector.provenance["training"]
     held_out = detector.provenance["calibration"]["threshold_rests_on"]
     print(f"threshold {detector.threshold:.6g} from {held_out} held-out images")
+    print_threshold_doubt(held_out, options.fpr)
     print(f"saved: {options.out}")
     for path, reason in facts["unreadable"]:
         print(f"failed: {path}: {reason}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from efficientad.utils.file_kinds import HEAD, kind_of, kind_of_file
+
 # Raster formats only: Pillow would also start Ghostscript for an EPS file, for instance.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "PPM", "WEBP", "JPEG2000", "DIB")
+HEIF_INSTALL = "pip install 'efficientad[heif]' reads it"
 _ORIENTATION = 274  # EXIF and TIFF tag
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 262, 277, 284, 339  # TIFF tags
 
@@ -56,7 +60,7 @@ def read_image(source: Any) -> np.ndarray:
         if hasattr(source, "detach"):  # numpy refuses a tensor that requires a gradient
             source = source.detach()
         return _as_rgb(np.asarray(source), name, 65535)
-    with naming_errors(name), opened(source) as (image, stream):
+    with naming_errors(name, source), opened(source) as (image, stream):
         deep = _read_deep_tiff(image, stream, name)
         if deep is not None:
             return deep
@@ -82,7 +86,7 @@ def image_shape(source: Any) -> Shape:
     if not _is_encoded(source):
         height, width = np.shape(source)[:2]
         return Shape((height, width), 1)
-    with naming_errors(source_name(source)), opened(source) as (image, _):
+    with naming_errors(source_name(source), source), opened(source) as (image, _):
         width, height = image.size
         # Pillow already turns the size of a TIFF, and would decode a whole PNG to look for EXIF.
         known = image.format != "PNG" or "exif" in image.info
@@ -126,16 +130,19 @@ def opened(source: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(source, Image.Image):
         yield source, None
     elif isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+        with open(source, "rb") as stream, Image.open(stream, formats=formats()) as image:
             yield image, stream
     else:
         file = source if hasattr(source, "read") else io.BytesIO(source)
-        yield Image.open(file, formats=FORMATS), file
+        yield Image.open(file, formats=formats()), file
 
 
 @contextmanager
-def naming_errors(name: str) -> Iterator[None]:
-    """Turn what a decoder raises into an ImageError that names the image and the reason."""
+def naming_errors(name: str, source: Any = None) -> Iterator[None]:
+    """Turn what a decoder raises into an ImageError that names the image and the reason.
+
+    source: what is read; its first bytes say what it is, where it is no image.
+    """
     from PIL import UnidentifiedImageError
 
     try:
@@ -147,9 +154,45 @@ def naming_errors(name: str) -> Iterator[None]:
     except IsADirectoryError as error:
         raise ImageError(name, "it is a folder, not an image file") from error
     except UnidentifiedImageError as error:
-        raise ImageError(name, "not an image file we know") from error
+        raise ImageError(name, _unknown(source)) from error
     except Exception as error:  # decoders of damaged files raise nearly everything
         raise ImageError(name, f"{error}" or type(error).__name__) from error
+
+
+def _unknown(source: Any) -> str:
+    """Why Pillow does not know a file."""
+    if isinstance(source, (str, os.PathLike)):
+        kind = kind_of_file(source)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        kind = kind_of(bytes(source[:HEAD]), len(source))
+    else:
+        kind = None
+    if kind in ("a HEIC image", "an AVIF image") and not reads(kind.split()[1]):
+        return f"it is {kind}; {HEIF_INSTALL}"
+    if kind is None:
+        return "not an image file we know"
+    return f"not an image file that is read: it is {kind}"
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats that are read: Pillow's of FORMATS, and AVIF and HEIF where they can be."""
+    return (*FORMATS, *(("AVIF",) if reads("AVIF") else ()), *(("HEIF",) if reads("HEIC") else ()))
+
+
+@functools.cache
+def reads(kind: str) -> bool:
+    """Whether "AVIF" (by Pillow itself, if it was built so) or "HEIC" (by pillow-heif) is read."""
+    if kind == "AVIF":
+        from PIL import features
+
+        return bool(features.check("avif"))
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def orientation_of(image: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from efficientad.data.decoding import ImageError, read_image
-from efficientad.data.image_files import find_images
+from efficientad.data.image_files import find_images, left_out
 from efficientad.utils.prefetch import ahead
 
 _Loaded = tuple[np.ndarray, tuple[int, int]] | ImageError  # resized pixels, (height, width) before
@@ -56,15 +57,24 @@ def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     return stacked.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
 
 
+class LeftOutWarning(UserWarning):
+    """Pictures in a folder are of kinds that are not read."""
+
+
 def as_sources(sources: Any) -> Iterable[Any]:
     """The images that a caller means; a path stands for what `find_images` finds there.
+
+    Pictures in a folder that are of kinds that are not read are counted in a LeftOutWarning.
 
     Raises:
         ValueError: one image where several belong, no iterable, or a folder without an image.
         FileNotFoundError: a path where nothing is.
     """
     if isinstance(sources, (str, os.PathLike)):
-        return find_images(sources)
+        found = find_images(sources)
+        for note in left_out(sources):
+            warnings.warn(note, LeftOutWarning, stacklevel=3)
+        return found
     rule = "it must be an iterable of images, or a folder: for one image, a list of it"
     if isinstance(sources, (np.ndarray, Tensor)):
         if sources.ndim != 4:

@@ -17,7 +17,7 @@ from efficientad.data.folder_names import (
     plain_name,
     says_not_good,
 )
-from efficientad.data.image_files import find_images, is_image
+from efficientad.data.image_files import find_images, is_image, left_out
 from efficientad.data.mask_files import MASK_FOLDERS, MaskFiles, looks_like_mask
 from efficientad.data.visa import SPLIT, open_visa
 from efficientad.utils.folders import subfolders, visible
@@ -67,7 +67,8 @@ def open_dataset(
     layout = _recognise(root) if layout == "auto" else layout
     if layout == "folder":
         train, validation = split_validation(_samples(find_images(root)))
-        return DataSet(root, layout, root.resolve().name, train, validation)
+        notes = tuple(left_out(root))
+        return DataSet(root, layout, root.resolve().name, train, validation, notes=notes)
     if layout not in _looks_like(root):
         raise ValueError(
             f"{root} has not the layout {layout}; looked for {_LOOKED_FOR}{_nearly(root)}"
@@ -254,6 +255,7 @@ def _open_parts(root: Path, layout: str) -> DataSet:
     for folder in subfolders(root):
         if plain_name(folder.name) not in read:
             _note_unread(folder.name, folder, notes)
+    notes += left_out(root)
     name = root.resolve().name
     return DataSet(root, layout, name, train, validation, test, saturation, tuple(notes))
 

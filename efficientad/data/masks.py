@@ -186,7 +186,7 @@ def _runs(levels: np.ndarray, top: int) -> bool:
 def _read(source: Any) -> tuple[np.ndarray, Shape, bool, int]:
     """(levels upright by the file's own EXIF, its shape, whether it is lossy, its pages)."""
     name = source_name(source)
-    with naming_errors(name), opened(source) as (image, _):
+    with naming_errors(name, source), opened(source) as (image, _):
         tag = orientation_of(image) if image.format == "TIFF" else 1
         image.load()  # turns a TIFF, and finds the EXIF at the end of a PNG
         lossy = image.format in _LOSSY

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad.model.networks import TEACHER_CHANNELS
+from efficientad.utils.file_kinds import kind_of_file
 
 BACKBONE_SIZE = 512  # pixels
 GRID = 64  # cells
@@ -157,9 +158,13 @@ def _read(path: Path) -> dict[str, Tensor]:
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name).float() for name in file.keys()}
         read = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: v.float() for k, v in read.items() if isinstance(v, Tensor)}
+        return {
+            k.removeprefix("module."): v.float() for k, v in read.items() if isinstance(v, Tensor)
+        }
     except Exception as error:  # readers of damaged files raise nearly everything
-        raise ValueError(f"{path} cannot be read as a backbone ({error}); expected {_KNOWN}") from (
+        kind = kind_of_file(path)
+        found = error if kind is None or kind == "a zip archive" else f"it is {kind}"
+        raise ValueError(f"{path} cannot be read as a backbone ({found}); expected {_KNOWN}") from (
             None
         )
 

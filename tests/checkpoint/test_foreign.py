@@ -347,3 +347,42 @@ def test_other_networks_alone(model, tmp_path):
         load(path)
     torch.save(model.state_dict(), path)
     assert torch.equal(load_teacher(path).conv4.weight, model.teacher.conv4.weight)
+
+
+# ---- Wrapped in something ------------------------------------------------------------------------
+
+
+def renamed(state, change):
+    return {change(name): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"model.module.{name}",
+        lambda name: f"model.{name.replace('teacher.', 'teacher.module.')}",
+    ],
+)
+@pytest.mark.parametrize("lightning", [True, False])
+def test_names_of_wrappers_are_left_out(model, tmp_path, change, lightning):
+    state = renamed(model.state_dict(), change)
+    torch.save({"state_dict": state} if lightning else state, tmp_path / "x.ckpt")
+    assert_same_weights(load(tmp_path / "x.ckpt"), model)
+
+
+def test_single_networks_in_wrappers(model, tmp_path):
+    teacher = renamed(model.teacher.state_dict(), lambda name: f"module.{name}")
+    averaged = {"n_averaged": torch.tensor(7), **teacher}
+    for number, content in enumerate((teacher, averaged, nn.DataParallel(model.teacher))):
+        path = tmp_path / f"{number}.pth"
+        torch.save(content, path)
+        for name, value in load_teacher(path).state_dict().items():
+            assert torch.equal(value, model.teacher.state_dict()[name].float())
+    save_file({k: v.contiguous() for k, v in teacher.items()}, tmp_path / "x.safetensors")
+    assert load_teacher(tmp_path / "x.safetensors").size == "S"
+    torch.save({**teacher, **model.teacher.state_dict()}, tmp_path / "both.pth")
+    with pytest.raises(CheckpointError, match=r"has conv1\.\w+ twice, once inside of a wrapper"):
+        load_teacher(tmp_path / "both.pth")

@@ -370,7 +370,12 @@ def test_a_flipped_bit_in_a_foreign_weight(tmp_path):
     ("data", "match"),
     [
         (b"", "is empty"),
-        (b"teacher: yes\n", "unknown format"),
+        (b"teacher: yes\n", "is a text; expected"),
+        (b"\x07\x08\x09", "is of an unknown format"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS pointer"),
+        (b"\n <!DOCTYPE html>\n<title>Quota exceeded</title>", "is a web page saved as a file"),
+        (b'{"message": "Not Found"}', "is a JSON text, perhaps the error"),
+        (b"\xff\xd8\xff\xe0" + bytes(9), "is a JPEG image; expected"),
         (b"PK\x03\x04" + bytes(200), "cannot be read: BadZipFile"),
         ((2**60).to_bytes(8, "little") + b"{}", "declares a header of 1152921504606846976 bytes"),
         ((2**63).to_bytes(8, "little") + b'{"a":1}', "declares a header"),

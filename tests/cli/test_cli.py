@@ -67,6 +67,17 @@ def test_some_failed_inputs_give_1_and_are_listed(model_file, images, tmp_path, 
     assert len(document["images"]) == 1
 
 
+def test_pictures_that_are_not_read_are_counted(model_file, images, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "b.npy", "c.NEF"):
+        (folder / name).write_bytes((images / "0.png").read_bytes())
+    assert run("predict", model_file, folder, "--out", tmp_path / "out") == 0
+    note = "Pictures left out because their kind is not read: 1 .nef (raw files of cameras), 1 .npy"
+    assert f"note: {note}" in capsys.readouterr().err
+    assert note in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_fail_on_anomaly_gives_3(model_file, images, tmp_path):
     common = (
         "predict",
@@ -88,7 +99,7 @@ def test_fail_on_anomaly_gives_3(model_file, images, tmp_path):
         (("predict", "MODEL", "nowhere"), "nowhere"),
         (("predict", "nowhere", "IMAGES"), "nowhere"),
         (("predict", "MODEL", "IMAGES", "--device", "gpu"), "device is 'gpu'"),
-        (("predict", "IMAGES/0.png", "IMAGES"), "unknown format"),
+        (("predict", "IMAGES/0.png", "IMAGES"), "is a PNG image; expected"),
         (("predict", "MODEL", "IMAGES", "--threshold", "nan"), "--threshold is nan"),
         (("predict", "MODEL", "IMAGES", "--threshold", "inf"), "--threshold is inf"),
         (("predict", "MODEL", "IMAGES", "--tiles", "32", "--reference"), "leave out --reference"),

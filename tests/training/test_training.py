@@ -608,6 +608,7 @@ def test_the_command_stops_and_resumes_and_says_so(folder, tmp_path, thin, monke
     assert train(*words, "--resume") == 0
     printed = capsys.readouterr().out
     assert "resumed at step 2\nstep 3/4" in printed
+    assert "images cannot show a rate of 0.01; the threshold is the highest" in printed
     assert "anew" not in printed
     assert train(*words, "--force") == 0
     assert "resumed" not in capsys.readouterr().out
