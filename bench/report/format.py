@@ -8,6 +8,7 @@ from typing import Any
 from bench.record import Row
 
 DASH = "-"
+NOTHING = "(nothing measured)"
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -41,7 +42,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """An aligned table; the first column is text, the others are put right."""
     body = [list(line) for line in lines]
     if not body:
-        return "(nothing measured)"
+        return NOTHING
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
 
     def text(line: Sequence[str]) -> str:
@@ -55,7 +56,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def of_kind(found: dict[str, Any], *kinds: str) -> list[Row]:
     """The rows of a results file of some kinds."""
-    return [row for row in found["rows"] if row["kind"] in kinds]
+    return [row for row in found["rows"] if row.get("kind") in kinds]
 
 
 def dtype_name(name: str | None) -> str:

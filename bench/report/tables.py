@@ -18,6 +18,7 @@ from bench import record
 from bench.record import Row
 from bench.report.format import DASH, dtype_name, error, markdown, number, of_kind, percent, source
 from bench.report.targets import H200, all_verdicts, fits, targets_table
+from bench.report.timeline import timeline_table
 from bench.shapes import BOTH, network_flop, paper_gflop
 
 
@@ -221,6 +222,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "stages": stages_table,
     "kernels": kernels_table,
     "sweeps": sweeps_table,
+    "timeline": timeline_table,
 }
 # Kinds of the rows of which a page holds a part.
 KINDS = {
