@@ -1,13 +1,15 @@
 """Trains a detector on a data set and records its accuracy.
 
     python -m bench.training.accuracy mvtec/screw --photos photos/ --name screw --out runs/a
-    python -m bench.training.accuracy mvtec/screw --steps 70000 --name screw-no-penalty --out runs/b
+    python -m bench.training.accuracy mvtec/screw --name screw-no-penalty --out runs/b
+    python -m bench.training.accuracy mvtec/screw --schedule instant --name screw-i --out runs/c
 
-One run is one training (Algorithm 1, `efficientad.fit`) with its curve and its accuracy. Without
---photos the pretraining penalty is left out, with --hard-quantile 0 the hard feature loss: two of
-the paper's ablations (Tables 4 and 5). The third, the normalisation of the maps, needs no training:
-every detector is measured with quantiles, with mean and standard deviation of the same validation
-maps in their place (Table 5), with the maps as they are, and with either map alone. A row for each
+One run is one training (`efficientad.fit`) with its curve and its accuracy. In the paper's
+schedule, without --photos the pretraining penalty is left out, with --hard-quantile 0 the hard
+feature loss: two of the paper's ablations (Tables 4 and 5). The third, the normalisation of the
+maps, needs no training: every detector is measured with quantiles, with mean and standard deviation
+of the same validation maps in their place (Table 5), with the maps as they are, and with either map
+alone. A row for each
 goes to bench/results/accuracy.json, the curve to bench/results/training_<name>.json. An interrupted
 run continues when it is started again.
 """
@@ -124,11 +126,21 @@ class Curve:
         self._clocks = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
         last = self.entries[-1] if self.entries else {}
         self._start = {name: last.get(name, 0.0) - now() for name, now in self._clocks.items()}
+        self._end: dict[str, float] | None = None
+
+    def seconds(self) -> dict[str, float]:
+        """So far, or when it was finished."""
+        if self._end is not None:
+            return self._end
+        return {n: round(self._start[n] + now(), 1) for n, now in self._clocks.items()}
+
+    def finish(self) -> None:
+        """The training is over, with its calibration."""
+        self._end = self.seconds()
 
     def __call__(self, entry: dict[str, Any]) -> None:
-        seconds = {n: round(self._start[n] + now(), 1) for n, now in self._clocks.items()}
         self.entries = [e for e in self.entries if e["step"] < entry["step"]]
-        self.entries.append({**entry, **seconds})
+        self.entries.append({**entry, **self.seconds()})
         write_text(self.path, json.dumps(self.entries, indent=1))
         print(json.dumps(self.entries[-1]), flush=True)
 
@@ -145,6 +157,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         trend,
         out=options.out / f"{options.name}.safetensors",
         size=options.size,
+        schedule=options.schedule,
         steps=options.steps,
         teacher=options.teacher,
         penalty=options.photos or None,
@@ -157,12 +170,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         evaluate_every=options.evaluate_every,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
-        resume="auto",
+        resume=False if options.schedule == "instant" else "auto",
         on_history=curve,
     )
+    curve.finish()
     training = detector.provenance["training"]
     about = {**facts, "data": dataset.name, "training": training, "curve_part": options.curve_part}
-    record.write(record.RESULTS / f"training_{options.name}.json", about, curve.entries)
+    if curve.entries:
+        record.write(record.RESULTS / f"training_{options.name}.json", about, curve.entries)
     rows = []
     for name, found in measure(detector, dataset).items():
         rows.append(
@@ -173,16 +188,16 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 dataset=dataset.name,
                 size=options.size,
                 teacher=training["teacher"],
-                steps=options.steps,
-                seconds=curve.entries[-1]["seconds"],
-                cpu_seconds=curve.entries[-1]["cpu_seconds"],
+                schedule=training["schedule"],
+                steps=training.get("steps", 0),
+                **curve.seconds(),
                 **found,
                 quantiles=detector.quantiles.tolist(),
                 normalization=name,
-                hard_quantile=options.hard_quantile,
-                warm_start=options.warm_start,
-                penalty=training["pretraining_penalty"],
-                learning_rate=options.learning_rate,
+                hard_quantile=training.get("hard_quantile"),
+                warm_start=training.get("warm_start"),
+                penalty=training.get("pretraining_penalty"),
+                learning_rate=training.get("learning_rate"),
                 dtype=training["dtype"],
                 threads=torch.get_num_threads(),
                 seed=options.seed,
@@ -205,10 +220,11 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for the detector and the training's state")
     add("--size", choices=("S", "M"), default="S")
     add("--teacher", type=Path, help="default: the one that ships")
-    add("--steps", type=int, default=70_000)
-    add("--hard-quantile", type=float, default=0.999, help="0: the mean over all elements")
+    add("--schedule", choices=("paper", "short", "instant"), default="paper")
+    add("--steps", type=int, help="default: the schedule's")
+    add("--hard-quantile", type=float, help="0: the mean over all elements")
     add("--warm-start", action="store_true", help="see `efficientad.fit`")
-    add("--learning-rate", type=float, default=1e-4)
+    add("--learning-rate", type=float)
     add("--seed", type=int, default=42)
     add("--device", default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")

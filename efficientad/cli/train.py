@@ -10,11 +10,16 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from efficientad.cli.common import EXIT_STOPPED, print_notes, print_threshold_doubt
+from efficientad.cli.common import (
+    EXIT_STOPPED,
+    Bars,
+    print_notes,
+    print_threshold_doubt,
+    progress_bars,
+)
 
 
 def add_train(commands: Any) -> None:
@@ -32,6 +37,12 @@ def add_train(commands: Any) -> None:
     add("--force", action="store_true", help="replace an existing file and checkpoint")
     add("--layout", choices=("auto", "folder", "mvtec", "loco", "visa"), default="auto")
     add("--category", help="object of a VisA or multi-object folder")
+    add(
+        "--schedule",
+        choices=("paper", "short", "instant"),
+        help="paper: 70,000 steps; short: minutes on a CPU, the default there unless --steps, "
+        "--penalty or --warm-start is given; instant: no gradient step, about a minute",
+    )
     add("--size", choices=("S", "M"), default="S", help="small or medium networks (default S)")
     add("--teacher", type=Path, help="teacher file; default: the one that ships")
     add(
@@ -40,8 +51,8 @@ def add_train(commands: Any) -> None:
         metavar="PHOTOS",
         help="folder of photos of anything for the pretraining penalty (ImageNet in the paper)",
     )
-    add("--steps", type=int, default=70_000)
-    add("--batch-size", type=int, default=1, help="images per step (1 in the paper)")
+    add("--steps", type=int, help="70,000 in the paper, 1,000 in the short schedule")
+    add("--batch-size", type=int, help="images per step: 1 in the paper, 2 in the short schedule")
     add(
         "--image-size",
         type=int,
@@ -51,9 +62,9 @@ def add_train(commands: Any) -> None:
         help="images are resized to it; at least 256",
     )
     add("--padding", action="store_true", help="the padded networks (64 cells at 256 pixels)")
-    add("--learning-rate", type=float, default=1e-4)
-    add("--weight-decay", type=float, default=1e-5)
-    add("--hard-quantile", type=float, default=0.999, help="0: mean of all, an ablation")
+    add("--learning-rate", type=float, help="1e-4 in the paper, 3e-4 in the short schedule")
+    add("--weight-decay", type=float, help="1e-5 in the paper, 0 in the short schedule")
+    add("--hard-quantile", type=float, help="default 0.999; 0: mean of all, an ablation")
     add(
         "--warm-start",
         action="store_true",
@@ -78,6 +89,7 @@ def run_train(options: argparse.Namespace) -> int:
     from efficientad.data.image_files import left_out
     from efficientad.data.layouts import open_dataset
     from efficientad.training.fitting import fit
+    from efficientad.training.schedules import ASKED, SETTINGS, choose_schedule
     from efficientad.training.settings import PenaltyWarning, TrainingStopped, state_beside
 
     if options.out.exists() and not options.force and not options.resume:
@@ -91,10 +103,15 @@ def run_train(options: argparse.Namespace) -> int:
         f"{len(dataset.validation)} held out for validation, {len(dataset.test)} for tests"
     )
     print_notes(dataset.notes)
-    if options.penalty is None:
-        print("warning: no --penalty: training without the pretraining penalty of the paper")
-    else:
+    schedule, _ = choose_schedule(
+        options.schedule, options.device, {name: getattr(options, name) for name in ASKED}
+    )
+    steps = options.steps or SETTINGS[schedule].get("steps", 0)
+    print(f"schedule {schedule}: {steps or 'no gradient'} steps")
+    if options.penalty is not None:
         print_notes(left_out(options.penalty))
+    elif schedule == "paper":
+        print("warning: no --penalty: training without the pretraining penalty of the paper")
     license = teacher_license(options.teacher) if options.teacher or options.size == "S" else None
     if license is not None:
         print(f"licence of the teacher, and so of the detector: {license}")
@@ -102,12 +119,13 @@ def run_train(options: argparse.Namespace) -> int:
     resumed = options.resume and checkpoint.exists()
     if options.resume and not resumed:
         print(f"no state in {checkpoint}: the training starts anew")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), progress_bars(lines=True) as bars:
         warnings.simplefilter("ignore", PenaltyWarning)
         try:
             detector = fit(
                 dataset,
                 out=options.out,
+                schedule=schedule,
                 size=options.size,
                 steps=options.steps,
                 batch_size=options.batch_size,
@@ -131,8 +149,8 @@ def run_train(options: argparse.Namespace) -> int:
                 evaluate_every=options.evaluate_every,
                 log_every=options.log_every,
                 deterministic=options.deterministic,
-                progress=_told(resumed),
-                on_history=_Lines(options.steps),
+                progress=_Told(resumed, bars),
+                on_history=_Lines(steps),
             )
         except TrainingStopped as stopped:
             print(stopped, file=sys.stderr)
@@ -147,16 +165,21 @@ def run_train(options: argparse.Namespace) -> int:
     return 1 if facts["unreadable"] else 0
 
 
-def _told(resumed: bool) -> Callable[[str, int, int], None]:
-    """A `progress` that says at which step a training was resumed: its first call tells."""
-    told: list[int] = []
+class _Told:
+    """A `progress`: says at which step a training was resumed, and moves bars before and after.
 
-    def progress(what: str, done: int, total: int) -> None:
-        if resumed and not told:
-            told.append(done)
+    resumed: the first call is that step's.
+    """
+
+    def __init__(self, resumed: bool, bars: Bars) -> None:
+        self._resumed, self._bars = resumed, bars
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._resumed:
+            self._resumed = False
             print(f"resumed at step {done}", flush=True)
-
-    return progress
+        if what != "training":  # of whose steps the history tells
+            self._bars(what, done, total)
 
 
 class _Lines:
@@ -168,11 +191,10 @@ class _Lines:
 
     def __call__(self, entry: dict[str, Any]) -> None:
         now, step = time.monotonic(), entry["step"]
-        line = (
-            f"step {step}/{self.steps}  loss {entry['loss']:.4f}  hard {entry['hard']:.4f}  "
-            f"penalty {entry['penalty']:.4f}  autoencoder {entry['autoencoder']:.4f}  "
-            f"student-autoencoder {entry['student_autoencoder']:.4f}"
-        )
+        line = f"step {step}/{self.steps}  loss {entry['loss']:.4f}"
+        for term in ("hard", "penalty", "autoencoder", "student_autoencoder"):
+            if term in entry:
+                line += f"  {term.replace('_', '-')} {entry[term]:.4f}"
         if self._last is not None and step > self._last[0]:
             speed = (step - self._last[0]) / (now - self._last[1])
             left = round((self.steps - step) / speed)

@@ -181,7 +181,7 @@ class TorchBackend:
     def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.network = FoldedNetwork(detector, dtype, device)
-        self.name = network_name(dtype, device)
+        self.name = network_name(dtype, device, shared=self.network.shared)
         wide = torch.promote_types(dtype, torch.float32)
         self._mean, self._std, self._affine = (
             value.flatten().to(device, wide, copy=True)
@@ -192,6 +192,7 @@ class TorchBackend:
     def reload(self, detector: EfficientAD) -> None:
         """Take over another detector's weights, in place."""
         self.network.reload(detector)
+        self.name = network_name(self.dtype, self.device, shared=self.network.shared)
         self._mean.copy_(detector.image_mean.flatten())
         self._std.copy_(detector.image_std.flatten())
         self._affine.copy_(detector.affine)

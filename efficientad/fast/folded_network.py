@@ -5,6 +5,9 @@ arithmetic of the detector with fewer passes over memory: the difference between
 is one convolution over their concatenated features, and no 384-channel intermediate is normalised.
 In float32 on a CPU it is handed to the compiled convolutions (`NativeNetwork`); where these are
 missing the large convolutions still take fewer multiplications (`ops/differentiable_conv.py`).
+
+Where teacher and student have the same inner layers, as after the instant schedule, a CPU computes
+these once, and the last layers of both become one on the same features.
 """
 
 from __future__ import annotations
@@ -17,7 +20,12 @@ from torch import Tensor, nn
 
 from efficientad.fast.folding import exact_last, exact_layers
 from efficientad.model.detector import EfficientAD
-from efficientad.model.networks import PDN_LAYERS, TEACHER_CHANNELS, decoder_sizes
+from efficientad.model.networks import (
+    PDN_LAYERS,
+    TEACHER_CHANNELS,
+    decoder_sizes,
+    same_inner_layers,
+)
 from efficientad.ops import compiled_conv
 from efficientad.ops.compiled_conv import Layer, mean_square, resize
 from efficientad.ops.differentiable_conv import convolve
@@ -28,10 +36,11 @@ def is_compiled(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 and device.type == "cpu" and compiled_conv.available()
 
 
-def network_name(dtype: torch.dtype, device: torch.device) -> str:
-    """What a user is told computes."""
+def network_name(dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> str:
+    """What a user is told computes. shared: the inner layers of teacher and student."""
     compiled = ", compiled convolutions" if is_compiled(dtype, device) else ""
-    return f"folded torch network{compiled}"
+    once = ", inner layers shared" if shared else ""
+    return f"folded torch network{compiled}{once}"
 
 
 class FoldedNetwork(nn.Module):
@@ -44,6 +53,7 @@ class FoldedNetwork(nn.Module):
     """
 
     deconv8_weight: Tensor
+    shared: bool  # whether the inner layers of teacher and student are computed once
 
     def __init__(
         self,
@@ -53,23 +63,37 @@ class FoldedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.padding = detector.size, detector.padding
-        device = detector.affine.device if device is None else device
-        tensors = _folded_tensors(detector)
+        self.dtype, self.device = dtype, torch.device(device or detector.affine.device)
+        self._register(detector)
+
+    def _register(self, detector: EfficientAD) -> None:
+        """Make the buffers, and of them the compiled network."""
+        self.shared = self._shares(detector)
+        tensors = _folded_tensors(detector, self.shared)
+        for name in list(dict(self.named_buffers())):
+            delattr(self, name)
         for name, value in tensors.items():
             layout = {"memory_format": torch.channels_last} if value.dim() == 4 else {}
-            self.register_buffer(name, value.to(device, dtype, copy=True).contiguous(**layout))
+            buffer = value.to(self.device, self.dtype, copy=True).contiguous(**layout)
+            self.register_buffer(name, buffer)
         self._native = self._compiled(tensors)
+
+    def _shares(self, detector: EfficientAD) -> bool:
+        """On a CPU alone: a CUDA graph holds on to its buffers whatever is loaded next."""
+        return self.device.type == "cpu" and same_inner_layers(detector.teacher, detector.student)
 
     def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | None:
         """The network in compiled convolutions, where they compute in its dtype."""
         if not is_compiled(self.deconv8_weight.dtype, self.deconv8_weight.device):
             return None
         tensors = {name: value.cpu() for name, value in tensors.items()}
-        return NativeNetwork(tensors, self.size, self.padding)
+        return NativeNetwork(tensors, self.size, self.padding, self.shared)
 
     @torch.no_grad()
     def reload(self, detector: EfficientAD) -> None:
         """Take over the weights of another detector of the same size, in place.
+
+        Unless one of the two has inner layers to share and the other has not.
 
         Raises:
             ValueError: a detector of another size or padding.
@@ -79,7 +103,10 @@ class FoldedNetwork(nn.Module):
                 f"the detector is EfficientAD-{detector.size} with padding={detector.padding}; "
                 f"this network is {self.size} with padding={self.padding}: build a new one"
             )
-        tensors = _folded_tensors(detector)
+        if self._shares(detector) != self.shared:
+            self._register(detector)
+            return
+        tensors = _folded_tensors(detector, self.shared)
         for name, value in tensors.items():
             getattr(self, name).copy_(value)
         self._native = self._compiled(tensors)
@@ -89,9 +116,13 @@ class FoldedNetwork(nn.Module):
         if self._native is not None:
             return self._native(x)
         height, width = x.shape[-2:]
-        teacher, student = self._trunk(x, "teacher"), self._trunk(x, "student")
+        teacher = student = self._trunk(x, "teacher")
+        joined = teacher
+        if not self.shared:
+            student = self._trunk(x, "student")
+            joined = torch.cat([teacher, student], 1)
         decoded = self._autoencoder(x, (height, width))
-        st = self._conv(torch.cat([teacher, student], 1), "st")
+        st = self._conv(joined, "st")
         ae = self._conv(student, "ae")
         ae += F.conv2d(decoded, self.deconv8_weight, None, padding=1)
         return _mean_square(st), _mean_square(ae)
@@ -136,12 +167,19 @@ def _mean_square(difference: Tensor) -> Tensor:
     return norm.square_().div_(difference.shape[1])
 
 
-def _folded_tensors(detector: EfficientAD) -> dict[str, Tensor]:
-    """Weights and biases in float64, OIHW, by the name of the buffer that holds them."""
+def _folded_tensors(detector: EfficientAD, shared: bool) -> dict[str, Tensor]:
+    """Weights and biases in float64, OIHW, by the name of the buffer that holds them.
+
+    shared: teacher and student read the same features; "st" reads them once.
+    """
     layers = exact_layers(detector)
     teacher, student, autoencoder, bias = exact_last(detector)
     c = TEACHER_CHANNELS
-    layers["st"] = torch.cat([teacher, student[:c]], dim=1), bias[:c]
+    if shared:
+        layers = {name: layer for name, layer in layers.items() if not name.startswith("student")}
+        layers["st"] = teacher + student[:c], bias[:c]
+    else:
+        layers["st"] = torch.cat([teacher, student[:c]], dim=1), bias[:c]
     layers["ae"] = student[c:], bias[c:]
     tensors = {f"{name}_weight": weight for name, (weight, _) in layers.items()}
     tensors |= {f"{name}_bias": bias for name, (_, bias) in layers.items()}
@@ -152,14 +190,15 @@ class NativeNetwork:
     """`FoldedNetwork` in compiled convolutions on a CPU, float32; transforms the filters, once.
 
     All images are channels last. Teacher and student share the first layer's patches and lie side
-    by side in one image, so nothing is joined.
+    by side in one image, so nothing is joined; if their inner layers are the same, there is one.
 
     Args:
         tensors: folded weights and biases in float64 by name, see `_folded_tensors`.
         size: "S" or "M". padding: whether the PDN is the padded one.
+        shared: whether the teacher's inner layers are the student's too.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], size: str, padding: bool) -> None:
+    def __init__(self, tensors: dict[str, Tensor], size: str, padding: bool, shared: bool) -> None:
         def layer(name: str, **options) -> Layer:
             return Layer(tensors[f"{name}_weight"], tensors.get(f"{name}_bias"), **options)
 
@@ -173,13 +212,14 @@ class NativeNetwork:
             }
             for row in PDN_LAYERS[size][:-1]
         ]
+        networks = ("teacher",) if shared else ("teacher", "student")
         weight, bias = (
-            torch.cat([tensors[f"{name}1_{part}"] for name in ("teacher", "student")])
+            torch.cat([tensors[f"{name}1_{part}"] for name in networks])
             for part in ("weight", "bias")
         )
         self._first = Layer(weight, bias, **rows[0])
-        self._pairs = [
-            [layer(f"{name}{i}", **options) for name in ("teacher", "student")]
+        self._inner = [
+            [layer(f"{name}{i}", **options) for name in networks]
             for i, options in enumerate(rows[1:], start=2)
         ]
         self._st, self._ae = layer("st"), layer("ae")
@@ -200,14 +240,17 @@ class NativeNetwork:
         return mean_square(st), mean_square(ae)
 
     def _features(self, x: Tensor) -> Tensor:
-        """The teacher's and, behind them, the student's features, (N, h, w, C + C')."""
+        """The teacher's and, behind them, unless they are the same, the student's features.
+
+        (N, h, w, C + C') or (N, h, w, C).
+        """
         x = self._first(x)
-        for teacher, student in self._pairs:
-            widths = [teacher.out_channels, student.out_channels]
-            y = x.new_empty(len(x), *teacher.size(*x.shape[1:3]), sum(widths))
-            sources, targets = x.split([teacher.channels, student.channels], 3), y.split(widths, 3)
-            teacher(sources[0], targets[0])
-            student(sources[1], targets[1])
+        for layers in self._inner:
+            widths = [layer.out_channels for layer in layers]
+            y = x.new_empty(len(x), *layers[0].size(*x.shape[1:3]), sum(widths))
+            sources = x.split([layer.channels for layer in layers], 3)
+            for layer, source, target in zip(layers, sources, y.split(widths, 3), strict=True):
+                layer(source, target)
             x = y
         return x
 

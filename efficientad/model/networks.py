@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -143,6 +144,22 @@ class PDN(nn.Module):
         return x
 
 
+@torch.no_grad()
+def same_inner_layers(a: PDN, b: PDN) -> bool:
+    """Whether two PDNs have the same weights, bit for bit, in every layer but the last.
+
+    They then compute the same features up to there, once for both.
+    """
+    if (a.size, a.padding) != (b.size, b.padding):
+        return False
+    pairs = zip(a.layers()[:-1], b.layers()[:-1], strict=True)
+    return all(
+        torch.equal(mine, theirs)
+        for (first, _), (second, _) in pairs
+        for mine, theirs in zip(first.parameters(), second.parameters(), strict=True)
+    )
+
+
 class Encoder(nn.Module):
     """Encoder, Table 8: five 4x4 convolutions of stride 2, then 8x8 without ReLU."""
 
@@ -175,6 +192,10 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Bottleneck (N, 64, h, w) -> (N, 384, H', W') on the PDN's grid of `image_size` pixels."""
+        return self.deconv8(self.inner(x, image_size))
+
+    def inner(self, x: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """All layers but the last: bottleneck (N, 64, h, w) -> (N, 64, H', W')."""
         rows = decoder_sizes(image_size[0], self.padding)
         cols = decoder_sizes(image_size[1], self.padding)
         for i in range(1, 8):
@@ -182,7 +203,7 @@ class Decoder(nn.Module):
             x = F.relu(getattr(self, f"deconv{i}")(x))
             if i < 7:
                 x = F.dropout(x, self.dropout, self.training)
-        return self.deconv8(x)
+        return x
 
 
 class Autoencoder(nn.Module):

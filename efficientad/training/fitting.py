@@ -5,29 +5,26 @@ Source: arXiv 2303.14535, Algorithm 1. The defaults are the paper's.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from efficientad.checkpoint.loading import load_teacher
 from efficientad.checkpoint.native_file import save
-from efficientad.checkpoint.teachers import default_teacher, teacher_license
+from efficientad.checkpoint.teachers import teacher_license
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.evaluation import evaluate as measure
 from efficientad.model.calibration import FALSE_POSITIVE_RATE, Progress, calibrate
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN
-from efficientad.training.losses import HARD_QUANTILE
-from efficientad.training.pictures import Photos, PictureSource, TrainingImages
+from efficientad.training import closed_form
+from efficientad.training.pictures import Photos, PictureSource, TrainingImages, augmented
+from efficientad.training.schedules import choose_schedule, settings_of
 from efficientad.training.settings import (
     PenaltyWarning,
     Settings,
@@ -37,10 +34,16 @@ from efficientad.training.settings import (
     choose_dtype,
     determinism,
 )
-from efficientad.training.trainer import Trainer
+from efficientad.training.short import ShortTrainer, brightened
+from efficientad.training.start import (
+    new_detector,
+    spread_autoencoder,
+    start_from_teacher,
+    teacher_digest,
+)
+from efficientad.training.trainer import Trainer, write_history
 from efficientad.utils.checks import check_flag, check_integer, check_number, check_path
-from efficientad.utils.devices import choose_device, lay_out
-from efficientad.utils.files import write_text
+from efficientad.utils.devices import lay_out
 
 CHECKPOINT_EVERY = 1000
 
@@ -49,17 +52,18 @@ def fit(
     data: DataSet | str | os.PathLike,
     *,
     out: str | os.PathLike | None = None,
+    schedule: str | None = None,
     size: str = "S",
-    steps: int = 70_000,
-    batch_size: int = 1,
+    steps: int | None = None,
+    batch_size: int | None = None,
     teacher: PDN | str | os.PathLike | None = None,
     penalty: str | os.PathLike | None = None,
     image_size: tuple[int, int] = (256, 256),
     padding: bool = False,
     seed: int = 42,
-    learning_rate: float = 1e-4,
-    weight_decay: float = 1e-5,
-    hard_quantile: float = HARD_QUANTILE,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    hard_quantile: float | None = None,
     warm_start: bool = False,
     false_positive_rate: float = FALSE_POSITIVE_RATE,
     device: str | torch.device = "auto",
@@ -75,21 +79,25 @@ def fit(
     progress: Progress | None = None,
     on_history: Callable[[dict[str, Any]], None] | None = None,
 ) -> EfficientAD:
-    """Train a detector on good images, calibrate it and save it: Algorithm 1 of the paper.
+    """Train a detector on good images, calibrate it and save it.
 
     Args:
         data: a folder of good images, a data set in a known layout, or a `DataSet`. Its validation
             part (one tenth of the good images where the data set brings none) is not trained on.
         out: file to write; None writes none.
+        schedule: "paper": Algorithm 1. "short": minutes on a CPU (`training/short.py`). "instant":
+            no gradient step, a minute on a CPU (`training/closed_form.py`). None: "short" on a CPU
+            where none of `steps`, `penalty` and `warm_start` is given, else "paper".
         size: "S" or "M". padding: True for the padded PDN. image_size: (height, width), >= 256.
-        steps, batch_size: above one image a step, losses are the means of the images' own.
+        steps, batch_size, learning_rate, weight_decay, hard_quantile: None: the schedule's, see
+            `training/schedules.py`. A loss is the mean of its images' own; hard_quantile 0 takes
+            the mean over all elements, an ablation of the paper.
         teacher: a teacher's file, anything that `load_teacher` takes; None: the one that ships.
         penalty: folder of photos of anything for the pretraining penalty (ImageNet in the paper);
             without it that term is missing, which is said in a warning and in the provenance.
-        hard_quantile: 0 takes the mean over all elements, an ablation of the paper.
         warm_start: the student's inner layers start as the teacher's, where both have the same
             shape, and only its last layers from random numbers. Not in the paper: for short
-            trainings, in which random inner layers learn too little (see docs/training.md).
+            trainings (see docs/training.md).
         false_positive_rate: see `calibrate`.
         device: "auto", "cpu", "cuda:0" .... dtype: "float32", "bfloat16" (autocast), or "auto":
             bfloat16 where the device computes in it.
@@ -118,20 +126,24 @@ def fit(
         TrainingStopped: Ctrl-C, a KeyboardInterrupt; the step's state is written first.
     """
     started = time.monotonic()
-    device = choose_device(device)
-    settings = Settings(
-        steps, batch_size, seed, learning_rate, weight_decay, hard_quantile,
-        choose_dtype(dtype, device), log_every,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
+        "weight_decay": weight_decay, "hard_quantile": hard_quantile, "penalty": penalty,
+        "warm_start": warm_start, "checkpoint": checkpoint, "resume": resume,
+        "evaluate_every": evaluate_every,
+    }  # fmt: skip
+    schedule, device = choose_schedule(schedule, device, asked)
+    dtype = choose_dtype(dtype, device)
+    settings = Settings(**settings_of(schedule, asked), seed=seed, dtype=dtype, log_every=log_every)
     task, dataset = _check(data, force, _Task(
-        settings, device, out=out, checkpoint=checkpoint, resume=resume, size=size,
-        padding=padding, image_size=image_size, teacher=teacher, penalty=penalty,
+        settings, device, schedule=schedule, out=out, checkpoint=checkpoint, resume=resume,
+        size=size, padding=padding, image_size=image_size, teacher=teacher, penalty=penalty,
         warm_start=warm_start, false_positive_rate=false_positive_rate, workers=workers,
         checkpoint_every=checkpoint_every, evaluate_every=evaluate_every,
         deterministic=deterministic, progress=progress, on_history=on_history,
     ))  # fmt: skip
     parts = _prepare(task, dataset)
-    trained = _train(task, dataset, parts)
+    trained = (_solve if schedule == "instant" else _train)(task, dataset, parts)
     parts.detector.provenance.update(_provenance(task, dataset, parts, trained, started))
     _save(task, parts.detector)
     return parts.detector
@@ -143,6 +155,7 @@ class _Task:
 
     settings: Settings
     device: torch.device
+    schedule: str
     out: str | os.PathLike | None
     checkpoint: str | os.PathLike | None
     resume: bool | str
@@ -171,10 +184,9 @@ class _Parts(NamedTuple):
 
 
 class _Trained(NamedTuple):
-    """first: the step from which this run trained. unreadable: (path, reason) of held-out ones."""
+    """What a file says of its training, and (path, reason) of held-out images not read."""
 
-    trainer: Trainer
-    first: int
+    facts: dict[str, Any]
     unreadable: list[tuple[str, str]]
 
 
@@ -197,7 +209,9 @@ def _check(data: DataSet | str | os.PathLike, force: bool, task: _Task) -> tuple
             check_path("penalty", folder, "a folder of photos")
     if teacher is not None and not isinstance(teacher, PDN):
         check_path("teacher", teacher, "a teacher's file")
-    out, checkpoint, resume = check_files(task.out, task.checkpoint, task.resume, force)
+    out, checkpoint, resume = check_files(
+        task.out, task.checkpoint, task.resume, force, stateless=task.schedule == "instant"
+    )
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
     check_data(dataset, task.evaluate_every)
     return replace(task, out=out, checkpoint=checkpoint, resume=resume), dataset
@@ -206,14 +220,16 @@ def _check(data: DataSet | str | os.PathLike, force: bool, task: _Task) -> tuple
 def _prepare(task: _Task, dataset: DataSet) -> _Parts:
     """The detector on its device, and the source of its pictures."""
     seed = task.settings.seed
-    detector = _new_detector(task.size, task.padding, task.image_size, seed, task.teacher)
+    detector = new_detector(task.size, task.padding, task.image_size, seed, task.teacher)
     license = teacher_license(task.teacher)
-    if task.warm_start:
-        _start_from_teacher(detector)
+    if task.warm_start or task.schedule != "paper":
+        start_from_teacher(detector)
+    if task.schedule != "paper":
+        spread_autoencoder(detector, seed)
     photos = None
     if task.penalty is not None:
         photos = Photos(task.penalty, detector.image_size, seed)
-    else:
+    elif task.schedule == "paper":
         warnings.warn(
             "no penalty set: the pretraining penalty of the paper (section 3.1) is left out, which "
             "cost 0.4 points of AU-ROC there; name a folder of photos with penalty",
@@ -221,10 +237,11 @@ def _prepare(task: _Task, dataset: DataSet) -> _Parts:
             stacklevel=3,  # where `fit` is called
         )
     identity = {
+        "schedule": task.schedule,
         "size": task.size,
         "padding": task.padding,
         "image_size": list(detector.image_size),
-        "teacher": _digest(detector.teacher),
+        "teacher": teacher_digest(detector.teacher),
         "warm_start": task.warm_start,
         "photos": 0 if photos is None else len(photos),
     }
@@ -233,12 +250,34 @@ def _prepare(task: _Task, dataset: DataSet) -> _Parts:
         photos,
         seed=seed,
         batch_size=task.settings.batch_size,
+        augment=brightened if task.schedule == "short" else augmented,
         pinned=task.device.type == "cuda",
     )
     detector.to(task.device)
     if task.device.type == "cuda" or task.settings.dtype != "float32":
         lay_out(detector, torch.channels_last)
     return _Parts(detector, source, identity, license)
+
+
+def _solve(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
+    """The last layers in closed form, then the calibration."""
+    settings = task.settings
+    closed_form.solve_last_layers(
+        parts.detector,
+        parts.source.images,
+        seed=settings.seed,
+        half=settings.dtype == "bfloat16",
+        workers=task.workers,
+        progress=task.progress,
+    )
+    lay_out(parts.detector, torch.contiguous_format)
+    facts = {
+        "algorithm": "closed form: ridge regressions of the last layers, no gradient step",
+        **closed_form.facts(),
+        "seed": settings.seed,
+        "dtype": settings.dtype,
+    }
+    return _Trained(facts, _calibrate(task, dataset, parts.detector))
 
 
 def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
@@ -251,7 +290,9 @@ def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
         return {"quantiles": quantiles, "metrics": measure(detector, dataset).metrics}
 
     with determinism(task.deterministic, task.device):
-        trainer = Trainer(detector, parts.source, task.settings, identity=parts.identity)
+        trainer = (ShortTrainer if task.schedule == "short" else Trainer)(
+            detector, parts.source, task.settings, identity=parts.identity
+        )
         if task.resume:
             assert task.checkpoint is not None  # `check_files` has seen to it
             trainer.resume(task.checkpoint)
@@ -269,17 +310,28 @@ def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
                 on_history=task.on_history,
             )
         finally:
-            _write_history(task.checkpoint, trainer.history)
-        lay_out(detector, torch.contiguous_format)
-        detector.cpu()
-        detector.requires_grad_(False)
-        detector.student.requires_grad_(True)
-        detector.autoencoder.requires_grad_(True)
+            write_history(task.checkpoint, trainer.history)
         try:
+            trainer.finish(task.workers, task.progress)
+            lay_out(detector, torch.contiguous_format)
+            detector.cpu()
+            detector.requires_grad_(False)
+            detector.student.requires_grad_(True)
+            detector.autoencoder.requires_grad_(True)
             unreadable = _calibrate(task, dataset, detector)
         except KeyboardInterrupt:
             raise TrainingStopped(trainer.step, task.checkpoint) from None
-    return _Trained(trainer, first, unreadable)
+    photos, history = parts.source.photos, trainer.history
+    facts = {
+        "algorithm": trainer.algorithm,
+        **(closed_form.facts() if task.schedule == "short" else {}),
+        "pretraining_penalty": f"{len(photos)} photos" if photos else "none: no photos were given",
+        "warm_start": task.warm_start,
+        **asdict(task.settings),
+        "resumed_at_step": first if task.resume else None,
+        "last_losses": history[-1] if history else None,
+    }
+    return _Trained(facts, unreadable)
 
 
 def _calibrate(task: _Task, dataset: DataSet, detector: EfficientAD) -> list[tuple[str, str]]:
@@ -301,23 +353,19 @@ def _provenance(
     task: _Task, dataset: DataSet, parts: _Parts, trained: _Trained, started: float
 ) -> dict[str, Any]:
     """What the detector was made from. started: `time.monotonic()` when `fit` began."""
-    images, photos, history = parts.source.images, parts.source.photos, trained.trainer.history
+    images, photos = parts.source.images, parts.source.photos
     training = {
-        "algorithm": "EfficientAD, arXiv 2303.14535, Algorithm 1",
+        "schedule": task.schedule,
+        **trained.facts,
         "data": dataset.name,
         "images": len(images),
         "images_held_out": len(dataset.validation),
-        "pretraining_penalty": f"{len(photos)} photos" if photos else "none: no photos were given",
         "teacher": parts.identity["teacher"],
-        "warm_start": task.warm_start,
-        **asdict(task.settings),
         "device": str(task.device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "resumed_at_step": trained.first if task.resume else None,
         "seconds": round(time.monotonic() - started, 1),
         "unreadable": [*images.failed, *trained.unreadable, *(photos.failed if photos else [])],
-        "last_losses": history[-1] if history else None,
     }
     if parts.license is None:
         return {"training": training}
@@ -332,51 +380,3 @@ def _save(task: _Task, detector: EfficientAD) -> None:
         save(detector, task.out)
     except OSError as error:
         raise OSError(f"{error}. The training's state is in {task.checkpoint}") from error
-
-
-def _new_detector(
-    size: str,
-    padding: bool,
-    image_size: tuple[int, int],
-    seed: int,
-    teacher: PDN | str | os.PathLike | None,
-) -> EfficientAD:
-    """Student and autoencoder as torch initialises them, from the seed; the teacher loaded."""
-    if teacher is None and size == "M":
-        raise ValueError(
-            "size is 'M' and no teacher is named; only a PDN-S teacher comes with the package: "
-            "name the file of a PDN-M teacher with teacher (--teacher)"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        detector = EfficientAD(size, padding=padding, image_size=image_size)
-    if teacher is None:
-        teacher = default_teacher()
-    elif not isinstance(teacher, PDN):
-        teacher = load_teacher(teacher)
-    if teacher.size != size:
-        raise ValueError(
-            f"size is {size!r} and the teacher is a PDN-{teacher.size}; they must be the same"
-        )
-    detector.teacher.load_state_dict(teacher.state_dict())
-    return detector
-
-
-def _start_from_teacher(detector: EfficientAD) -> None:
-    teacher, student = detector.teacher.state_dict(), detector.student.state_dict()
-    same = {name: value for name, value in teacher.items() if value.shape == student[name].shape}
-    detector.student.load_state_dict({**student, **same})
-
-
-def _digest(teacher: PDN) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(teacher.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return f"PDN-{teacher.size}, sha256 {digest.hexdigest()[:16]}"
-
-
-def _write_history(checkpoint: str | os.PathLike | None, history: list[dict[str, Any]]) -> None:
-    if checkpoint is not None and history:
-        path = Path(checkpoint)
-        write_text(path.with_name(f"{path.name}.history.json"), json.dumps(history, indent=1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,8 +207,14 @@ class Photos:
         )
 
 
+Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
 class PictureSource:
-    """Calling it with a step gives that step's `Pictures`; safe to call from threads."""
+    """Calling it with a step gives that step's `Pictures`; safe to call from threads.
+
+    augment: makes the augmented image, float32 (H, W, 3) in 0..1, of a training image.
+    """
 
     def __init__(
         self,
@@ -217,9 +223,10 @@ class PictureSource:
         *,
         seed: int,
         batch_size: int,
+        augment: Augment = augmented,
         pinned: bool = False,
     ) -> None:
-        self.images, self.photos = images, photos
+        self.images, self.photos, self._augment = images, photos, augment
         self.seed, self.batch_size, self.pinned = seed, batch_size, pinned
 
     def __call__(self, step: int) -> Pictures:
@@ -227,7 +234,7 @@ class PictureSource:
         indices = [shuffled(self.seed, "images", len(self.images), p) for p in positions]
         pixels = [self.images[i] for i in indices]
         changed = [
-            augmented(image, random_numbers(self.seed, "augmentation", step, item))
+            self._augment(image, random_numbers(self.seed, "augmentation", step, item))
             for item, image in enumerate(pixels)
         ]
         photos = None

@@ -77,8 +77,11 @@ def check_files(
     checkpoint: str | os.PathLike | None,
     resume: bool | str,
     force: bool,
+    stateless: bool = False,
 ) -> tuple[Path | None, Path | None, bool]:
     """The files of a training and whether it continues, before hours of work; arguments of `fit`.
+
+    stateless: no state is kept, and one of another training beside `out` is left alone.
 
     Raises:
         ValueError: a wrong argument, a folder, or one file for both. FileNotFoundError: no folder
@@ -90,6 +93,8 @@ def check_files(
     if out is not None:
         check_writable("out", out)
         out = Path(out)
+        if stateless:
+            return out, None, False
         checkpoint = state_beside(out) if checkpoint is None else checkpoint
     if checkpoint is None:
         if resume is True:

@@ -6,6 +6,7 @@ a function of (seed, step, item), so an interrupted training continues as if it 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from efficientad.training.losses import (
 )
 from efficientad.training.pictures import Pictures, PictureSource, to_rgb
 from efficientad.training.settings import Settings, TrainingError, TrainingStopped
+from efficientad.utils.files import write_text
 from efficientad.utils.interrupts import held_back
 from efficientad.utils.prefetch import ahead
 from efficientad.utils.run_state import load_state, optimizer_tensors, restore_optimizer, save_state
@@ -40,7 +42,9 @@ History = list[dict[str, Any]]
 
 
 class Trainer:
-    """Trains a detector's student and autoencoder in place.
+    """Trains a detector's student and autoencoder in place, by Algorithm 1.
+
+    What another schedule changes are `terms`, `prepare`, `finish`, `rate`, `inputs`, `losses`.
 
     Args:
         detector: with its teacher's weights; on the device to train on.
@@ -49,6 +53,9 @@ class Trainer:
         feature_budget: bytes of teacher features kept; the rest is computed anew each time, by the
             same program, so that the result is the same.
     """
+
+    algorithm = "EfficientAD, arXiv 2303.14535, Algorithm 1"
+    terms: tuple[str, ...] = TERMS  # of the loss, which is their sum
 
     def __init__(
         self,
@@ -78,7 +85,7 @@ class Trainer:
             capturable=on_gpu,
         )  # fmt: skip
         self._graph: GraphStep | None = None
-        self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
         self._summed = 0
         self._features: dict[int, Tensor] = {}
         self._feature_budget = feature_budget
@@ -111,6 +118,9 @@ class Trainer:
                 progress("channel statistics", i + 1, len(images))
         images.drop_unreadable(bad)
         self.detector.set_statistics(*statistics.result())
+
+    def finish(self, workers: int = 2, progress: Progress | None = None) -> None:
+        """What is left to do after the last step: nothing."""
 
     def _teacher(self, index: int, rgb: Tensor) -> Tensor:
         """Teacher features (1, 384, h, w) of one training image, always computed alone."""
@@ -186,19 +196,12 @@ class Trainer:
             self.detector.eval()
 
     def one_step(self, pictures: Pictures) -> Tensor:
-        """Train one step on these pictures; the terms of its loss (4,), before the step.
+        """Train one step on these pictures; the terms of its loss, before the step.
 
         The networks must be in training mode, as `run` leaves them to its steps.
         """
-        s = self.settings
-        image = to_rgb(pictures.image, self.device)
-        inputs = StepInputs(
-            image,
-            to_rgb(pictures.augmented, self.device),
-            None if pictures.photo is None else to_rgb(pictures.photo, self.device),
-            torch.cat([self._teacher(i, image[k : k + 1]) for k, i in enumerate(pictures.indices)]),
-        )
-        rate = learning_rate(self.step, s.steps, s.learning_rate)
+        inputs = self.inputs(pictures)
+        rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -217,11 +220,29 @@ class Trainer:
         self.step += 1
         return terms
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(step, self.settings.steps, self.settings.learning_rate)
+
+    def inputs(self, pictures: Pictures) -> StepInputs:
+        """What the losses of a step are computed from, on the device."""
+        image = to_rgb(pictures.image, self.device)
+        return StepInputs(
+            image,
+            to_rgb(pictures.augmented, self.device),
+            None if pictures.photo is None else to_rgb(pictures.photo, self.device),
+            torch.cat([self._teacher(i, image[k : k + 1]) for k, i in enumerate(pictures.indices)]),
+        )
+
+    def losses(self, inputs: StepInputs) -> Tensor:
+        """One value for each of `terms`, differentiable."""
+        return step_losses(self.detector, inputs, self.settings.hard_quantile)
+
     def _eager(self, inputs: StepInputs) -> Tensor:
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False
         ):
-            terms = step_losses(self.detector, inputs, self.settings.hard_quantile)
+            terms = self.losses(inputs)
         terms.sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -247,18 +268,17 @@ class Trainer:
         """Means of the terms since the last entry; TrainingError if one is not finite."""
         means = (self._sums / self._summed).tolist()
         if not all(map(math.isfinite, means)):
-            shown = ", ".join(f"{name} {v:g}" for name, v in zip(TERMS, means, strict=True))
+            shown = ", ".join(f"{name} {v:g}" for name, v in zip(self.terms, means, strict=True))
             raise TrainingError(
                 f"a loss is not finite by step {self.step} ({shown}); the last checkpoint is older"
             )
-        s = self.settings
-        rate = learning_rate(self.step - 1, s.steps, s.learning_rate)
+        rate = self.rate(self.step - 1)
         self._sums.zero_()
         self._summed = 0
         return {
             "step": self.step,
             "loss": sum(means),
-            **dict(zip(TERMS, means, strict=True)),
+            **dict(zip(self.terms, means, strict=True)),
             "learning_rate": rate,
         }
 
@@ -314,3 +334,10 @@ class Trainer:
         self._features.clear()
         self.step, self._summed = int(facts["step"]), int(facts["summed"])
         self.history = list(facts["history"])
+
+
+def write_history(checkpoint: str | os.PathLike | None, history: History) -> None:
+    """Write a training's history, as JSON, beside its state, if it has one."""
+    if checkpoint is not None and history:
+        path = Path(checkpoint)
+        write_text(path.with_name(f"{path.name}.history.json"), json.dumps(history, indent=1))

@@ -42,7 +42,7 @@ def test_a_run_continues_and_agrees_with_the_evaluation(dataset, tmp_path, monke
     def thin(size, padding, image_size, seed, teacher):
         return helpers_training.thin_detector(size, seed)
 
-    monkeypatch.setattr("efficientad.training.fitting._new_detector", thin)
+    monkeypatch.setattr("efficientad.training.fitting.new_detector", thin)
     monkeypatch.setattr("efficientad.training.fitting.save", lambda detector, path: None)
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     table = tmp_path / "table.json"

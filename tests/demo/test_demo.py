@@ -93,7 +93,7 @@ def test_the_demo_from_parts_to_report_and_again(tmp_path, monkeypatch):
     """With thin networks; an interrupted demo leaves its parts, and the next one goes on."""
     kept = {}
     monkeypatch.setattr(
-        "efficientad.training.fitting._new_detector",
+        "efficientad.training.fitting.new_detector",
         lambda size, padding, image_size, seed, teacher: helpers_training.thin_detector(),
     )
     monkeypatch.setattr(demo, "write_dataset", few_parts)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers_fp8 import Definitions
 
+from efficientad.fast.backends import TorchBackend
 from efficientad.fast.folded_network import FoldedNetwork
 from efficientad.fast.folding import fold
 from efficientad.fast.fused_network import Plan, Workspace, forward
@@ -35,6 +36,53 @@ def test_the_folded_network_is_the_detector_in_float64(size, padding, image_size
         found = FoldedNetwork(model, torch.float64)(model.normalize(image))
     for a, b in zip(found, expected, strict=True):
         assert _relative(a, b) < 1e-10
+
+
+def shared_detector(seed: int = 0, **options):
+    """A detector whose student has the teacher's inner layers."""
+    model = helpers.detector("S", seed=seed, calibrated=False, **options)
+    layers = list(zip(model.student.layers(), model.teacher.layers(), strict=True))
+    for (mine, _), (theirs, _) in layers[:-1]:
+        mine.load_state_dict(theirs.state_dict())
+    helpers.calibrate_on_own_maps(model, helpers.images(2, seed=seed + 100))
+    return model
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_inner_layers_that_are_the_same_are_computed_once(padding, dtype):
+    model = shared_detector(padding=padding)
+    image = helpers.images(2, seed=3).to(dtype)
+    network = FoldedNetwork(model, dtype)
+    assert network.shared
+    assert not [name for name, _ in network.named_buffers() if name.startswith("student")]
+    with torch.no_grad():
+        found = network(model.to(dtype).normalize(image))
+        expected = model.distance_maps(image)
+    for a, b in zip(found, expected, strict=True):
+        assert _relative(a, b) < (1e-10 if dtype == torch.float64 else 1e-4)
+
+
+def test_a_last_bit_keeps_inner_layers_apart():
+    model = shared_detector()
+    with torch.no_grad():
+        model.student.conv3.bias[5] += 1e-6
+    assert not FoldedNetwork(model, torch.float32).shared
+
+
+def test_a_reload_may_begin_and_end_the_sharing():
+    ordinary, shared = helpers.detector("S", seed=0), shared_detector(seed=1)
+    image = helpers.images(1, seed=4)
+    backend = TorchBackend(ordinary, torch.float32, torch.device("cpu"))
+    name = backend.name
+    for model in (shared, ordinary, ordinary, shared, shared):
+        backend.reload(model)
+        assert ("inner layers shared" in backend.name) == (model is shared)
+        packed = model.normalize(image).permute(0, 2, 3, 1).contiguous()
+        for a, b in zip(backend.distance_maps(packed), model.distance_maps(image), strict=True):
+            assert _relative(a, b) < 1e-4
+    backend.reload(ordinary)
+    assert backend.name == name
 
 
 def test_reloading_weights_keeps_every_storage_and_gives_the_new_detector():

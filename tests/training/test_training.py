@@ -45,7 +45,7 @@ def thin(monkeypatch):
     """`fit` with thin networks and any teacher."""
     monkeypatch.setattr(
         training,
-        "_new_detector",
+        "new_detector",
         lambda size, padding, image_size, seed, teacher: thin_detector(
             size, padding=padding, image_size=image_size
         ),
@@ -419,7 +419,7 @@ def test_warm_start_copies_the_inner_layers_that_fit(size, same):
     """PDN-M's fifth layer is wider in the student than in the teacher, the last one too."""
     detector = thin_detector("S") if size == "S" else EfficientAD("M")
     before = {name: value.clone() for name, value in detector.student.state_dict().items()}
-    training._start_from_teacher(detector)
+    training.start_from_teacher(detector)
     teacher, student = detector.teacher.state_dict(), detector.student.state_dict()
     for name, value in student.items():
         copied = int(name.split(".")[0].removeprefix("conv")) <= same
@@ -497,7 +497,7 @@ def test_what_cannot_be_written_is_found_before_the_work(folder, tmp_path, monke
     def work(*arguments):
         raise AssertionError("the training began")
 
-    monkeypatch.setattr(training, "_new_detector", work)
+    monkeypatch.setattr(training, "new_detector", work)
     (tmp_path / "file").write_text("mine")
     places = [
         ({"out": tmp_path}, ValueError, "out is .*, a folder; it must name a file"),
@@ -518,7 +518,7 @@ def test_what_cannot_be_written_is_found_before_the_work(folder, tmp_path, monke
 
 
 def test_held_out_images_that_cannot_be_read_are_named_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_new_detector", lambda *_: pytest.fail("the training began"))
+    monkeypatch.setattr(training, "new_detector", lambda *_: pytest.fail("the training began"))
     write_pictures(tmp_path, 12)
     held_out = open_dataset(tmp_path).validation
     assert len(held_out) == 2

@@ -1,0 +1,249 @@
+"""Last layers in closed form: ridge regressions on sampled cells, no gradient step.
+
+The student's last layer predicts the teacher's standardised features and the autoencoder's output
+from the student's own inner features; the autoencoder's last layer predicts the teacher's features
+from its decoder's. Each is linear, so one pass over the images that sums products of sampled cells
+settles all three. A strong penalty keeps the student from becoming the teacher itself where both
+have the same inner layers: it then errs where the features are unlike those of the good images.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efficientad.data.decoding import ImageError
+from efficientad.model.calibration import ChannelStatistics, Progress
+from efficientad.model.detector import EfficientAD
+from efficientad.model.networks import TEACHER_CHANNELS, same_inner_layers
+from efficientad.training.losses import head, trunk
+from efficientad.training.pictures import TrainingImages, to_rgb
+from efficientad.utils.prefetch import ahead
+from efficientad.utils.sampling import random_numbers
+
+CELLS = 150_000  # sampled in all
+GAINS = (0.85, 1.1)  # of an image's brightness, drawn uniformly: lines drift in brightness
+# Penalties, as parts of the mean eigenvalue of the inputs' covariance.
+STUDENT_RIDGE = 0.4
+SECOND_RIDGE = 16.0  # what the autoencoder is compared with stays near the mean
+DECODER_RIDGE = 1e-2  # its features are few and alike: below, float32 sums have no Cholesky factor
+_BLOCK = 4096  # rows of one sum in float32
+_COLUMNS = 1024  # of a product at a time: half of the symmetric matrix is never computed
+
+
+class Moments:
+    """Means and covariances of named groups of variables, from rows that come in blocks.
+
+    Products are summed in float32 within a block, about the first block's mean, and in float64 over
+    the blocks.
+
+    Args:
+        widths: variables of each group, by name.
+    """
+
+    def __init__(self, **widths: int) -> None:
+        ends = torch.tensor(list(widths.values())).cumsum(0).tolist()
+        self._groups = {
+            name: slice(end - width, end)
+            for end, (name, width) in zip(ends, widths.items(), strict=True)
+        }
+        self._products = torch.zeros(ends[-1] + 1, ends[-1] + 1, dtype=torch.float64)
+        self._origin: Tensor | None = None
+        self._pending: list[Tensor] = []
+
+    def add(self, **rows: Tensor) -> None:
+        """Add rows (n, width) of every group."""
+        self._pending.append(torch.cat([rows[name].float() for name in self._groups], dim=1))
+        if sum(map(len, self._pending)) >= _BLOCK:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """The lower triangle of rows^T rows; the last variable is 1, so that it holds the sums."""
+        rows = torch.cat(self._pending)
+        self._pending.clear()
+        if self._origin is None:
+            self._origin = rows.mean(0)
+        rows = F.pad(rows - self._origin, (0, 1), value=1.0)
+        for first in range(0, rows.shape[1], _COLUMNS):
+            part = slice(first, first + _COLUMNS)
+            self._products[first:, part] += rows[:, first:].T @ rows[:, part]
+
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        return int(self._products[-1, -1]) + sum(map(len, self._pending))
+
+    def regress(self, inputs: str, targets: str, ridge: float) -> tuple[Tensor, Tensor]:
+        """Targets as a linear function of inputs that minimises the squared error and a penalty.
+
+        The penalty is `ridge` times the mean eigenvalue of the inputs' covariance on every weight,
+        and none on the bias. The targets are a group behind the inputs.
+
+        Returns:
+            weight (targets, inputs) and bias (targets,), float64.
+        """
+        if self._pending:
+            self._sum_up()
+        assert self._origin is not None
+        x, y = self._groups[inputs], self._groups[targets]
+        n, sums, origin = self._products[-1, -1], self._products[-1, :-1], self._origin.double()
+        means = sums / n
+        cross = self._products[y, x] / n - torch.outer(means[y], means[x])
+        covariance = self._products[x, x] / n
+        covariance = covariance.tril() + covariance.tril(-1).T - torch.outer(means[x], means[x])
+        eigenvalue = covariance.trace().clamp(min=0) / len(covariance)
+        # Inputs that never change have rounding errors for a covariance; the sum drowns these.
+        least = 1e-12 * origin[x].square().mean() + torch.finfo(torch.float64).tiny
+        covariance.diagonal().add_(ridge * eigenvalue + least)
+        weight = torch.cholesky_solve(cross.T, torch.linalg.cholesky(covariance)).T
+        bias = (means + origin)[y] - weight @ (means + origin)[x]
+        return weight, bias
+
+
+def facts() -> dict[str, Any]:
+    """What a detector's file says of it."""
+    ridges = {"student": STUDENT_RIDGE, "second half": SECOND_RIDGE, "decoder": DECODER_RIDGE}
+    return {"cells": CELLS, "gains": list(GAINS), "ridge": ridges}
+
+
+class View(NamedTuple):
+    """One look at a training image: the factor of its brightness, and the cells that count."""
+
+    gain: float
+    cells: Tensor  # (n,) of the h * w of a distance map
+
+
+def views(seed: int, index: int, images: int, cells: int, in_map: int) -> list[View]:
+    """What is sampled of image `index` of `images`, so that there are about `cells` in all.
+
+    Few images are looked at several times, at different brightness.
+    """
+    each = -(-cells // images)
+    count = -(-each // in_map)
+    found = []
+    for number in range(count):
+        rng = random_numbers(seed, "closed form", index, number)
+        gain = float(rng.uniform(*GAINS))
+        chosen = rng.choice(in_map, min(-(-each // count), in_map), replace=False)
+        found.append(View(gain, torch.from_numpy(chosen)))
+    return found
+
+
+def patches(x: Tensor, conv: nn.Conv2d, cells: Tensor) -> Tensor:
+    """What a stride-1 convolution reads at cells of its output: (1, C, H, W) -> (n, K * K * C)."""
+    kernel, padding = int(conv.kernel_size[0]), int(conv.padding[0])
+    x = F.pad(x, (padding,) * 4)[0].permute(1, 2, 0).contiguous()
+    rows, columns = (length - kernel + 1 for length in x.shape[:2])
+    down, right, one = x.stride()
+    windows = x.as_strided(
+        (rows, columns, kernel, kernel, x.shape[2]), (down, right, down, right, one)
+    )
+    return windows[cells // columns, cells % columns].flatten(1)
+
+
+def filters(conv: nn.Conv2d) -> Tensor:
+    """The weights in the order of `patches`: (Cout, K * K * Cin)."""
+    return conv.weight.permute(0, 2, 3, 1).flatten(1)
+
+
+@torch.no_grad()
+def set_filters(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    """Set a convolution's weights (Cout, K * K * Cin), in the order of `patches`, and its bias."""
+    out_channels, in_channels, kernel, _ = conv.weight.shape
+    shaped = weight.view(out_channels, kernel, kernel, in_channels).permute(0, 3, 1, 2)
+    conv.weight.copy_(shaped)
+    assert conv.bias is not None
+    conv.bias.copy_(bias)
+
+
+@torch.no_grad()
+def solve_last_layers(
+    detector: EfficientAD,
+    images: TrainingImages,
+    *,
+    seed: int,
+    half: bool = False,
+    keep_first: bool = False,
+    cells: int | None = None,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> None:
+    """Set the channel statistics and the last layers of student and autoencoder, in place.
+
+    Args:
+        detector: with its teacher's weights and the inner layers that it keeps; on a CPU.
+        images: good images; unreadable ones are left out.
+        half: inner layers in bfloat16, where the processor multiplies it.
+        keep_first: leave the student's first half, which the teacher is compared with, as it is.
+        cells: of the distance maps, sampled over all images; None: `CELLS`.
+        progress: called with ("closed form", images so far, images in all).
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    cells = CELLS if cells is None else cells
+    height, width = detector.feature_size()
+    teacher, student, decoder = detector.teacher, detector.student, detector.autoencoder.decoder
+    shared = same_inner_layers(teacher, student)
+    statistics = ChannelStatistics()
+    moments = Moments(
+        inputs=math.prod(student.last.weight.shape[1:]),
+        decoder=math.prod(decoder.deconv8.weight.shape[1:]),
+        teacher=TEACHER_CHANNELS,
+    )
+
+    def load(index: int):
+        try:
+            return images[index]
+        except ImageError as error:
+            return error
+
+    bad = []
+    for i, found in enumerate(ahead(load, range(len(images)), workers=workers, depth=4)):
+        if isinstance(found, ImageError):
+            bad.append((i, found))
+        else:
+            image = to_rgb(torch.tensor(found)[None], detector.affine.device)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                features = head(teacher, trunk(teacher, detector.normalize(image)))
+            statistics.add(features.float())
+            for gain, chosen in views(seed, i, len(images), cells, height * width):
+                x = detector.normalize((image * gain).clamp_(0, 1))
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    inner = trunk(teacher, x)
+                    own = inner if shared else trunk(student, x)
+                # Untrained, it hardly answers to its image: bfloat16 would round that away.
+                decoded = decoder.inner(detector.autoencoder.encoder(x), detector.image_size)
+                read = patches(inner.float(), teacher.last, chosen)
+                moments.add(
+                    inputs=patches(own.float(), student.last, chosen),
+                    decoder=patches(decoded, decoder.deconv8, chosen),
+                    teacher=F.linear(read, filters(teacher.last), teacher.last.bias),
+                )
+        if progress is not None:
+            progress("closed form", i + 1, len(images))
+    images.drop_unreadable(bad)
+    detector.set_statistics(*statistics.result())
+    _solve(detector, moments, keep_first)
+
+
+def _solve(detector: EfficientAD, moments: Moments, keep_first: bool) -> None:
+    mean, std = (v.double().flatten() for v in (detector.teacher_mean, detector.teacher_std))
+    student = detector.student.last
+    if keep_first:
+        assert student.bias is not None
+        first = filters(student)[:TEACHER_CHANNELS], student.bias[:TEACHER_CHANNELS]
+    else:
+        weight, bias = moments.regress("inputs", "teacher", STUDENT_RIDGE)
+        first = weight / std[:, None], (bias - mean) / std
+    weight, bias = moments.regress("decoder", "teacher", DECODER_RIDGE)
+    last = weight / std[:, None], (bias - mean) / std
+    set_filters(detector.autoencoder.decoder.deconv8, *last)
+    # The autoencoder's output is linear in the decoder's features, so predicting these is enough.
+    weight, bias = moments.regress("inputs", "decoder", SECOND_RIDGE)
+    second = last[0] @ weight, last[0] @ bias + last[1]
+    set_filters(student, *map(torch.cat, zip(first, second, strict=True)))
