@@ -476,7 +476,7 @@ def test_absent_penalty_is_said(folder, thin):
         ({"workers": 1.5}, r"workers is 1\.5; it must be an integer >= 0"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0; it must be an integer >= 1"),
         ({"evaluate_every": 2.5}, r"evaluate_every is 2\.5; it must be an integer >= 0"),
-        ({"learning_rate": None}, "learning_rate is None; it must be a finite number > 0"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a finite number > 0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a finite number > 0"),
         ({"weight_decay": "0"}, "weight_decay is '0'; it must be a finite number >= 0"),
         ({"padding": "no"}, "padding is 'no'; it must be True or False"),
