@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from efficientad.utils.file_kinds import HEAD, kind_of, kind_of_file
+from efficientad.data.opening import opened, unknown
+from efficientad.data.pillow_modes import pillow_levels
+from efficientad.data.samples import levels_of
+from efficientad.utils.checks import ValueRange
 
-# Raster formats only: Pillow would also start Ghostscript for an EPS file, for instance.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "PPM", "WEBP", "JPEG2000", "DIB")
-HEIF_INSTALL = "pip install 'efficientad[heif]' reads it"
 _ORIENTATION = 274  # EXIF and TIFF tag
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 262, 277, 284, 339  # TIFF tags
 
@@ -36,37 +34,47 @@ class MissingImage(ImageError, FileNotFoundError):
         super().__init__(name, "no such file")
 
 
-def read_image(source: Any) -> np.ndarray:
+def read_image(source: Any, value_range: ValueRange | None = None) -> np.ndarray:
     """RGB pixels of an image, uint8 (H, W, 3).
 
     source: a path, encoded bytes, a binary file object, a PIL image, or an array (H, W) or
-    (H, W, 1, 3 or 4) of uint8 or uint16 (or a tensor of that kind on the CPU); a contiguous uint8
-    (H, W, 3) array is returned as it is, not copied.
+    (H, W, 1, 3 or 4) of numbers (or a tensor of that kind on the CPU); a contiguous uint8 (H, W, 3)
+    array is returned as it is, not copied. value_range: (low, high) of samples that are wider than
+    8 bits, see `efficientad.data.samples`, which says how every type of sample is read.
 
-    - Grey is repeated to three channels. Palettes are looked up. - 16 bit: the full range 0..65535
-    is scaled linearly to 0..255 and rounded, never clipped. Colour
-      PNG of 16 bits is the exception: Pillow gives its high bytes, up to one level beside that.
+    - Grey is repeated to three channels. Palettes are looked up.
+    - Colour PNG of 16 bits gives its high bytes where there is no value range: up to one level off.
     - Alpha is dropped: the colours are those stored in the file, not composed on any background.
-    - CMYK, YCbCr, HSV and LAB are converted by Pillow, without the colour profile of the file.
+    - CMYK with a colour profile and Lab become sRGB; CMYK without one is converted as Pillow does,
+      and so are YCbCr and HSV. The profiles of RGB and grey images are not applied: their numbers
+      are taken as they are, in training and in use alike.
     - An EXIF or TIFF orientation is applied, as viewers do.
     - Of several frames or pages the first is read.
 
-    Raises ImageError for everything that cannot be decoded: damaged or unknown files, sizes beyond
-    Pillow's decompression-bomb limit, floating point and 32-bit pixels, which have no agreed range;
-    its subclass MissingImage, which is a FileNotFoundError too, for a path that does not exist.
+    `data.remarks` says which of a list of files are of such kinds. Memory: less than 12 bytes a
+    pixel at once, 3 afterwards.
+
+    Raises ImageError for everything that cannot be decoded: damaged or unknown files, more
+    megapixels than the environment variable EFFICIENTAD_MAX_MEGAPIXELS allows (300), samples
+    without an agreed range; its subclass MissingImage, which is a FileNotFoundError too, for a path
+    that does not exist.
     """
     name = source_name(source)
     if not _is_encoded(source):
         if hasattr(source, "detach"):  # numpy refuses a tensor that requires a gradient
             source = source.detach()
-        return _as_rgb(np.asarray(source), name, 65535)
+        with naming_errors(name):
+            return levels_of(np.asarray(source), value_range)
     with naming_errors(name, source), opened(source) as (image, stream):
-        deep = _read_deep_tiff(image, stream, name)
+        deep = _deep_tiff(image, stream)
+        if deep is None:
+            deep = _deep_png(image, stream) if value_range is not None else None
         if deep is not None:
-            return deep
-        image.load()
-        pixels = _as_rgb(_pillow_pixels(image, name), name, 65535)
-        return oriented(pixels, orientation_of(image))
+            levels = levels_of(deep.pixels, value_range, deep.maximum)
+            del deep
+        else:
+            levels = pillow_levels(image, value_range)
+        return oriented(levels, orientation_of(image))
 
 
 class Shape(NamedTuple):
@@ -123,21 +131,6 @@ def _is_encoded(source: Any) -> bool:
 
 
 @contextmanager
-def opened(source: Any) -> Iterator[tuple[Any, Any]]:
-    """A Pillow image and its file, if there is one; closes only what it opened."""
-    from PIL import Image
-
-    if isinstance(source, Image.Image):
-        yield source, None
-    elif isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as stream, Image.open(stream, formats=formats()) as image:
-            yield image, stream
-    else:
-        file = source if hasattr(source, "read") else io.BytesIO(source)
-        yield Image.open(file, formats=formats()), file
-
-
-@contextmanager
 def naming_errors(name: str, source: Any = None) -> Iterator[None]:
     """Turn what a decoder raises into an ImageError that names the image and the reason.
 
@@ -154,45 +147,9 @@ def naming_errors(name: str, source: Any = None) -> Iterator[None]:
     except IsADirectoryError as error:
         raise ImageError(name, "it is a folder, not an image file") from error
     except UnidentifiedImageError as error:
-        raise ImageError(name, _unknown(source)) from error
+        raise ImageError(name, unknown(source)) from error
     except Exception as error:  # decoders of damaged files raise nearly everything
         raise ImageError(name, f"{error}" or type(error).__name__) from error
-
-
-def _unknown(source: Any) -> str:
-    """Why Pillow does not know a file."""
-    if isinstance(source, (str, os.PathLike)):
-        kind = kind_of_file(source)
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        kind = kind_of(bytes(source[:HEAD]), len(source))
-    else:
-        kind = None
-    if kind in ("a HEIC image", "an AVIF image") and not reads(kind.split()[1]):
-        return f"it is {kind}; {HEIF_INSTALL}"
-    if kind is None:
-        return "not an image file we know"
-    return f"not an image file that is read: it is {kind}"
-
-
-@functools.cache
-def formats() -> tuple[str, ...]:
-    """The formats that are read: Pillow's of FORMATS, and AVIF and HEIF where they can be."""
-    return (*FORMATS, *(("AVIF",) if reads("AVIF") else ()), *(("HEIF",) if reads("HEIC") else ()))
-
-
-@functools.cache
-def reads(kind: str) -> bool:
-    """Whether "AVIF" (by Pillow itself, if it was built so) or "HEIC" (by pillow-heif) is read."""
-    if kind == "AVIF":
-        from PIL import features
-
-        return bool(features.check("avif"))
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
 
 
 def orientation_of(image: Any) -> int:
@@ -215,53 +172,28 @@ def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _pillow_pixels(image: Any, name: str) -> np.ndarray:
-    mode = image.mode
-    if mode in ("RGB", "L") or mode.startswith("I;16"):
-        return np.asarray(image)
-    if mode == "I":
-        pixels = np.asarray(image)
-        if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
-            raise ImageError(name, "pixels are 32-bit integers beyond 0..65535")
-        return pixels.astype(np.uint16)
-    if mode == "F":
-        raise ImageError(name, "pixels are floating point numbers, which have no agreed range")
-    if mode == "1":
-        return np.asarray(image.convert("L"))
-    if mode in ("P", "PA", "LA", "La", "RGBa", "RGBA", "RGBX"):
-        return np.asarray(image.convert("RGBA"))[..., :3]
-    return np.asarray(image.convert("RGB"))
+class Deep(NamedTuple):
+    """Samples (H, W) or (H, W, C) as the file has them, and the largest value that it names."""
+
+    pixels: np.ndarray
+    maximum: int
 
 
-def _as_rgb(pixels: np.ndarray, name: str, maximum: int) -> np.ndarray:
-    """uint8 (H, W, 3) of uint8 or uint16 pixels; uint16 is scaled from 0..maximum."""
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
-        raise ImageError(name, f"shape must be (H, W), (H, W, 1 or 3 or 4), got {pixels.shape}")
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
-        pixels = ((pixels.astype(np.uint32) * 255 + maximum // 2) // maximum).astype(np.uint8)
-    elif pixels.dtype != np.uint8:
-        raise ImageError(name, f"pixels must be uint8 or uint16, got {pixels.dtype}")
-    if pixels.shape[2] == 1:
-        return np.repeat(pixels, 3, axis=2)
-    return np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[..., :3])
+def _deep_tiff(image: Any, stream: Any) -> Deep | None:
+    """A TIFF of samples that are not unsigned or of more than 8 bits, None for any other image.
 
-
-def _read_deep_tiff(image: Any, stream: Any, name: str) -> np.ndarray | None:
-    """TIFF of 9 to 16 bits, or None for any other image.
-
-    Pillow keeps only the high bytes of the colours, mixes up separate planes and ignores
-    white-is-zero. It is still asked where tifffile cannot decompress (LZW without its codec
-    package) and none of these matters.
+    Pillow keeps only the high bytes of colours, mixes up separate planes, takes signed samples for
+    unsigned and ignores white-is-zero. It is still asked where tifffile cannot decompress (LZW
+    without its codec package) and none of these matters.
     """
     if image.format != "TIFF" or stream is None:
         return None
     tags = image.tag_v2
     bits, samples = tags.get(_BITS, (1,))[0], tags.get(_SAMPLES, 1)
     if samples > 4:
-        raise ImageError(name, f"{samples} channels; up to 4 are known")
-    if not 8 < bits <= 16 or tags.get(_SAMPLE_FORMAT, (1,))[0] != 1:  # 1: unsigned integers
+        raise ValueError(f"{samples} channels; up to 4 are known")
+    unsigned = tags.get(_SAMPLE_FORMAT, (1,))[0] in (1, 4)  # 4: not said
+    if bits <= 8 and unsigned:
         return None
     import tifffile
 
@@ -271,13 +203,43 @@ def _read_deep_tiff(image: Any, stream: Any, name: str) -> np.ndarray | None:
             page = file.pages[0]
             pixels, axes = page.asarray(), page.axes
     except Exception:
-        if bits == 16 and tags.get(_PLANES, 1) == 1 and tags.get(_PHOTOMETRIC) != 0:
+        plain = tags.get(_PLANES, 1) == 1 and tags.get(_PHOTOMETRIC) != 0
+        if bits == 16 and unsigned and plain:
             return None
         raise
     if axes == "SYX":
         pixels = np.moveaxis(pixels, 0, 2)
     if samples == 2:
         pixels = pixels[..., :1]
-    if tags.get(_PHOTOMETRIC) == 0:
-        pixels = (1 << bits) - 1 - pixels
-    return oriented(_as_rgb(pixels, name, (1 << bits) - 1), orientation_of(image))
+    maximum = (1 << min(bits, 16)) - 1
+    if tags.get(_PHOTOMETRIC) == 0 and unsigned and bits <= 16:
+        pixels = maximum - pixels
+    return Deep(pixels, maximum)
+
+
+def _deep_png(image: Any, stream: Any) -> Deep | None:
+    """A colour PNG of 16 bits, of which Pillow gives the high bytes or, asked so, the low ones."""
+    if image.format != "PNG" or stream is None or not image.tile:
+        return None
+    codec, extents, offset, raw = image.tile[0]
+    if raw not in ("RGB;16B", "RGBA;16B"):
+        return None
+    high = np.asarray(image).astype(np.uint16)
+    with opened(stream) as (again, _):
+        again.tile = [(codec, extents, offset, raw.replace("16B", "16L"))]
+        return Deep(high << 8 | np.asarray(again), 65535)
+
+
+def raw_samples(source: Any) -> tuple[np.ndarray, int] | None:
+    """(samples as the file has them, largest value of their type), None where it has no whole type.
+
+    For looking at what numbers a file holds. Errors as `read_image`.
+    """
+    with naming_errors(source_name(source), source), opened(source) as (image, stream):
+        deep = _deep_tiff(image, stream) or _deep_png(image, stream)
+        pixels = np.asarray(image) if deep is None else deep.pixels
+        if pixels.dtype == np.int32:  # Pillow's for 16 bits
+            return pixels, 65535
+        if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
+            return None
+        return pixels, int(np.iinfo(pixels.dtype).max) if deep is None else deep.maximum

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from efficientad.data.decoding import HEIF_INSTALL, reads
+from efficientad.data.opening import HEIF_INSTALL, reads
 from efficientad.utils.folders import files_below
 
 SUFFIXES = frozenset(

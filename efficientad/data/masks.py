@@ -36,11 +36,11 @@ from efficientad.data.decoding import (
     ImageError,
     Shape,
     naming_errors,
-    opened,
     orientation_of,
     oriented,
     source_name,
 )
+from efficientad.data.opening import opened
 
 REMARKS = {  # of which masks; their pictures are listed behind it
     "empty": "Masks that mark nothing though their picture is defective; its pixels do not count",

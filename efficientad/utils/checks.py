@@ -10,6 +10,8 @@ from numbers import Real
 from pathlib import Path
 from typing import SupportsIndex, TypeGuard
 
+ValueRange = tuple[float, float]  # (low, high) of an image's samples, see `data.samples`
+
 
 def check_integer(name: str, value: object, least: int | None = None) -> int:
     """`value` as an int; ValueError unless it is an integer, of at least `least` if that is set."""
@@ -45,6 +47,17 @@ def check_number(
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite real number, not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_value_range(value: object) -> ValueRange | None:
+    """(low, high) as floats, or None; ValueError unless they are finite and low < high."""
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value)):
+        low, high = map(float, value)
+        if low < high:
+            return low, high
+    raise ValueError(f"value_range is {value!r}; it must be None or a pair of numbers, low < high")
 
 
 def check_path(name: str, value: object, what: str) -> None:

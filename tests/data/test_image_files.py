@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from efficientad.data import decoding
+from efficientad.data import opening
 from efficientad.data.decoding import ImageError, image_shape, read_image
 from efficientad.data.image_files import find_images, left_out
 from efficientad.data.images import LeftOutWarning, as_sources
@@ -53,9 +53,9 @@ def test_find_images(tmp_path: Path) -> None:
 @pytest.fixture
 def without_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where neither AVIF nor HEIC can be read."""
-    for module in ("decoding", "image_files"):
+    for module in ("opening", "image_files"):
         monkeypatch.setattr(f"efficientad.data.{module}.reads", lambda kind: False)
-    monkeypatch.setattr(decoding, "formats", lambda: decoding.FORMATS)
+    monkeypatch.setattr(opening, "formats", lambda: opening.FORMATS)
 
 
 def folder(root: Path, *names: str) -> Path:
@@ -117,7 +117,7 @@ def test_avif(tmp_path: Path, orientation: int) -> None:
 
 def test_heic_under_any_name(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif", reason="HEIC needs pillow-heif: pip install -e '.[heif]'")
-    assert decoding.reads("HEIC")
+    assert opening.reads("HEIC")
     data = saved("HEIF", quality=95)
     for name in ("x/a.heic", "x/b.jpg", "x/c.HIF"):
         folder(tmp_path, name).joinpath(name).write_bytes(data)

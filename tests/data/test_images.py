@@ -178,7 +178,7 @@ def test_unreadable_images_say_why(source: object, reason: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
-def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nrest")
     with pytest.raises(ImageError, match=r"broken\.png") as caught:
@@ -200,9 +200,6 @@ def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert isinstance(gone.value, FileNotFoundError)
     with pytest.raises(TypeError, match="int"):
         read_image(3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ImageError, match="decompression bomb"):
-        read_image(encoded(Image.fromarray(COLOUR)))
 
 
 def test_resize() -> None:
