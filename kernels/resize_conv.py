@@ -37,8 +37,8 @@ _SOME = Tile(32, 64, 128, warps=4, stages=1)
 # alone on a multiprocessor.
 _MANY = Tile(128, 64, 64, warps=8, stages=1)
 # The resize apart: its convolution overlaps copies with products, which the fused kernel, whose
-# operand is computed, cannot; for few pixels a second launch costs more than that gains. From which
-# pixels on, and these tiles, are chosen on measurements whose raw file was lost; the next GPU run
+# operand is computed, cannot; a second launch costs the more the fewer pixels there are. From which
+# number on, and the tiles, are chosen on measurements whose raw file was lost; the next GPU run
 # decides.
 _APART = Apart(64, 64, 128, warps=4, stages=4)
 _APART_MANY = Apart(256, 64, 128, warps=8, stages=4)

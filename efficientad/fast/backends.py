@@ -9,7 +9,7 @@ they hold.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -99,7 +99,11 @@ class KernelBackend:
                 join = self._join
                 return distance_maps_in_turn(self.weights, features, decoded, self._kernels, join)
         except BaseException:
-            self._join()  # or a capture ends in another error, and buffers are free too early
+            # Or a capture ends in another error, and buffers are free too early.
+            with suppress(
+                RuntimeError
+            ):  # the capture may be lost already; the cause is what counts
+                self._join()
             raise
         self._join()
         return distance_maps(self.weights, features, decoded, self._kernels)

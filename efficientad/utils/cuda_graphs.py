@@ -1,4 +1,4 @@
-"""CUDA graphs are captured here, one at a time in the process, and their owners outlive them."""
+"""CUDA graphs: captured one at a time in the process, and not let go of while they run."""
 
 from __future__ import annotations
 

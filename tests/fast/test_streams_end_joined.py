@@ -119,6 +119,18 @@ def test_an_error_after_the_fork_ends_joined(where, images, error, backend, reco
     assert not any("distance" in line for line in recorder.log)
 
 
+def test_the_cause_is_what_is_raised_where_joining_fails_too(backend, recorder, monkeypatch):
+    """As in a capture that the error has broken."""
+
+    def fails(other) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(backends, "trunk", recorder.work("trunk", error=ValueError))
+    monkeypatch.setattr(recorder.main, "wait_stream", fails, raising=False)
+    with pytest.raises(ValueError, match="trunk"):
+        run(backend, 1)
+
+
 def test_an_error_in_the_first_distance_ends_joined(backend, recorder, monkeypatch):
     fails = recorder.work("student distance", error=RuntimeError)
     monkeypatch.setattr(backends, "distance_maps_in_turn", fails)
