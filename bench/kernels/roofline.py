@@ -1,12 +1,13 @@
 """Static model of the fast path on one H200: an ESTIMATE from arithmetic, no measurement.
 
-    python -m bench.kernels.roofline [--size S|M] [--batch 1 2 ... 64]
+    python -m bench.kernels.roofline [--size S|M] [--batch 1 2 ... 64] [--measured FILE]
 
 Per kernel and batch: programs and waves on 132 multiprocessors, the time that the tensor cores
 need (list scheduling, one program at a time on a multiprocessor, longest first) and the time that
 the operands need from the L2 cache. Tiles come from the kernels' own tables. What is not in it:
 launch gaps, latencies (all there is to small layers), epilogues, HBM, clocks, and the decoder's
-interpolation, whose four reads of a value are counted as one.
+interpolation, whose four reads of a value are counted as one. With --measured stands beside it what
+a results file's float16 kernels took, with the tiles of its commit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import argparse
 import heapq
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from bench import record
 from bench.shapes import (
     AUTOENCODER,
     D6_NEEDED,
@@ -149,16 +153,25 @@ def autoencoder_launches(batch: int) -> list[Launch]:
     return launches
 
 
-def _line(launch: Launch) -> str:
+def measured_us(found: dict[str, Any], size: str, batch: int) -> dict[str, float]:
+    """Layer -> what its float16 kernel took, of a results file."""
+    where = {"kind": "kernel", "size": size, "batch": batch, "dtype": "float16",
+             "backend": "triton", "small": False}  # fmt: skip
+    rows = [row for row in found["rows"] if where.items() <= row.items()]
+    return {row["layer"]: row["us"] for row in rows if row["us"] is not None}
+
+
+def _line(launch: Launch, measured: dict[str, float]) -> str:
     shapes = ", ".join(f"{g.bm}x{g.bn} K {g.k}" for g in launch.groups)
+    us = measured.get(launch.name.partition("+")[0])
     return (
         f"  {launch.name:8} {shapes:32} {launch.programs:7d} {launch.waves:8.2f} "
         f"{launch.flop / 1e9:9.2f} {launch.tensor_us:9.1f} {launch.l2_us:9.1f}"
-    )
+    ) + ("" if us is None else f" {us:11.1f} {us / launch.larger_us:8.2f}")
 
 
-def report(size: str, batches: list[int]) -> str:
-    """The model's table for one PDN size."""
+def report(size: str, batches: list[int], found: dict[str, Any] | None = None) -> str:
+    """The model's table for one PDN size; found: a results file to stand beside it."""
     floor = floor_us(size)
     lines = [
         f"ESTIMATE, not measured: EfficientAD-{size}, 256x256, fp16, one H200 "
@@ -168,10 +181,16 @@ def report(size: str, batches: list[int]) -> str:
         f"floor: {sum(network_flop(size).values()) / 1e9:.1f} GFLOP = {floor:.1f} us per image",
     ]
     head = f"  {'kernel':8} {'tile':32} {'tiles':>7} {'waves':>8} {'GFLOP':>9} {'tensor us':>9} "
+    head += f"{'L2 us':>9}"
+    if found is not None:
+        head += f" {'measured us':>11} {'x larger':>8}"
+        lines.append(f"measured: {found['about']['device']}, commit {found['about']['commit']}")
     for batch in batches:
         pdn, autoencoder = pdn_launches(size, batch), autoencoder_launches(batch)
-        lines += ["", f"batch {batch}", head + f"{'L2 us':>9}", *map(_line, pdn)]
-        lines += ["  beside them, the autoencoder:", *map(_line, autoencoder)]
+        measured = {} if found is None else measured_us(found, size, batch)
+        lines += ["", f"batch {batch}", head, *(_line(launch, measured) for launch in pdn)]
+        lines.append("  beside them, the autoencoder:")
+        lines += [_line(launch, measured) for launch in autoencoder]
         for name, launches in (("PDNs", pdn), ("all", pdn + autoencoder)):
             tensor = sum(launch.tensor_us for launch in launches)
             larger = sum(launch.larger_us for launch in launches)
@@ -189,11 +208,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", choices=sorted(PDN), default="S")
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="a results file of a GPU")
     args = parser.parse_args(argv)
     for batch in args.batch:
         if batch < 1:
             parser.error(f"--batch is {batch}; it must be at least 1")
-    print(report(args.size, args.batch))
+    found = None if args.measured is None else record.read(args.measured)
+    print(report(args.size, args.batch, found))
     return 0
 
 

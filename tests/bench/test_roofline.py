@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from bench import shapes
+from bench import record, shapes
 from bench.kernels import roofline
 from bench.kernels.roofline import Group, Launch
 from efficientad.kernels import conv, pair_distance
@@ -71,6 +73,38 @@ def test_a_larger_batch_is_never_slower_per_image():
         ]
         assert per_image[-1] < per_image[0]
         assert min(per_image) > 0.9 * roofline.floor_us(size)
+
+
+def measured(layer: str, us: float | None, **values) -> dict:
+    row = {"kind": "kernel", "size": "S", "layer": layer, "batch": 1, "dtype": "float16"}
+    return row | {"backend": "triton", "small": False, "us": us} | values
+
+
+def test_what_was_measured_stands_beside_the_model():
+    rows = [
+        measured("conv2", 93.2), measured("pair", 125.0), measured("conv3", None),
+        measured("conv1", 1.0, backend="eager"), measured("conv1", 1.0, batch=32),
+        measured("conv1", 1.0, small=True), measured("conv1", 1.0, kind="compiled"),
+    ]  # fmt: skip
+    found = {"about": {"device": "a GPU", "commit": "abc"}, "rows": rows}
+    plain = roofline.report("S", [1]).splitlines()
+    beside = roofline.report("S", [1], found).splitlines()
+    assert "measured: a GPU, commit abc" in beside
+    more = [line for line in beside if line not in plain]
+    assert [line.split()[0] for line in more] == ["measured:", "kernel", "conv2", "pair+d8"]
+    assert [line.split()[-2:] for line in more[2:]] == [["93.2", "2.00"], ["125.0", "2.00"]]
+
+
+@pytest.mark.skipif(not record.RESULTS.is_dir(), reason="bench/results is not in the sdist")
+def test_the_documents_table_is_what_the_command_prints():
+    page = (record.ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```text\n(EfficientAD-S, batch 1\n.*?)```", page, re.DOTALL)
+    found = record.read(record.RESULTS / "h200.json")
+    for part in block.split("EfficientAD-")[1:]:
+        head, *lines = part.splitlines()
+        printed = roofline.report(head[0], [1], found).splitlines()
+        layers = [line for line in printed if line.startswith(("  kernel", "  conv", "  pair"))]
+        assert lines == layers
 
 
 def test_report(capsys):
