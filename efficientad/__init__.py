@@ -15,7 +15,7 @@ _EXPORTS = {
     "Fp8Error": "fast.fp8",
     "UncalibratedError": "model.detector",
     "accelerate": "adapters.anomalib",
-    "calibrate": "model.calibration",
+    "calibrate": "calibration.calibrating",
     "convert": "checkpoint.loading",
     "evaluate": "evaluation.evaluation",
     "export": "checkpoint.exporting",
@@ -31,6 +31,7 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 
 if TYPE_CHECKING:
     from efficientad.adapters.anomalib import accelerate
+    from efficientad.calibration.calibrating import calibrate
     from efficientad.checkpoint.exporting import export
     from efficientad.checkpoint.loading import convert, load, load_teacher
     from efficientad.checkpoint.native_file import save
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from efficientad.evaluation.evaluation import evaluate
     from efficientad.fast.fp8 import Fp8Error
     from efficientad.fast.predictor import FastPredictor
-    from efficientad.model.calibration import calibrate
     from efficientad.model.detector import AnomalyOutput, EfficientAD, UncalibratedError
     from efficientad.results.plain_path import predict
     from efficientad.results.prediction import Prediction

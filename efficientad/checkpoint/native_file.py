@@ -25,6 +25,7 @@ from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor, read
 from efficientad.model.detector import EfficientAD
 from efficientad.model.synthetic import golden_image
 from efficientad.utils.files import replace_file
+from efficientad.utils.processes import computing
 
 FORMAT = "efficientad"
 FORMAT_VERSION = 1
@@ -164,6 +165,7 @@ def _write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 @torch.no_grad()
 def golden_values(detector: EfficientAD) -> dict[str, float]:
     """Mean and maximum of both raw maps of the built-in image, and the score if calibrated."""
+    computing()
     map_st, map_ae = detector.distance_maps(golden_image())
     values = {
         f"map_{kind}_{name}": getattr(values, name)().item()

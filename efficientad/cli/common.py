@@ -12,10 +12,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from efficientad.fast.predictor import FastPredictor
     from efficientad.model.detector import EfficientAD
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ANOMALY = 0, 1, 2, 3
-EXIT_STOPPED = 130  # by Ctrl-C
+EXIT_STOPPED = 130  # by Ctrl-C or SIGTERM
 SECONDS_BETWEEN_LINES = 30
 
 
@@ -32,6 +33,39 @@ def add_running(
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     command.add_argument("--batch-size", type=int, default=batch_size, help=batch_help)
     command.add_argument("--workers", type=int, default=2, help="decoding threads")
+
+
+def add_arithmetic(command: argparse.ArgumentParser) -> None:
+    """Add --dtype and --reference; `build_predictor` and `check_arithmetic` read them."""
+    command.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto, float32, float16 or bfloat16 (default auto: the fastest that the detector's "
+        "calibration found accurate, see `info`)",
+    )
+    command.add_argument(
+        "--reference",
+        action="store_true",
+        help="use the plain float32 detector, not the fast path; goes without --dtype",
+    )
+
+
+def check_arithmetic(options: argparse.Namespace) -> None:
+    if options.reference and options.dtype != "auto":
+        raise UsageError(
+            f"--dtype is {options.dtype}, and --reference computes in float32; leave one out"
+        )
+
+
+def build_predictor(detector: EfficientAD, options: argparse.Namespace) -> FastPredictor:
+    """The fast predictor that --device, --dtype and --batch-size ask for."""
+    from efficientad.fast.options import DEFAULT_BUCKETS
+    from efficientad.fast.predictor import FastPredictor
+
+    most, sizes = options.batch_size, None
+    if most is not None:
+        sizes = (*(size for size in DEFAULT_BUCKETS["cuda"] if size < most), most)
+    return FastPredictor(detector, device=options.device, dtype=options.dtype, batch_sizes=sizes)
 
 
 def add_layout(command: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -92,8 +91,7 @@ def run_distill(options: argparse.Namespace) -> int:
     print_notes(left_out(options.photos))
     backbone = load_backbone(options.backbone).to(device)
     check_backbone(backbone, device)
-    stopping = (signal.SIGINT, signal.SIGTERM)
-    with progress_bars(lines=True) as bars, held_back(stopping, _say_stopping) as stop:
+    with progress_bars(lines=True) as bars, held_back(said=_say_stopping) as stop:
         run = Distillation(
             recipe,
             photos,

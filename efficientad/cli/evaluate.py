@@ -9,8 +9,11 @@ from efficientad.cli.common import (
     EXIT_OK,
     EXIT_SOME_FAILED,
     UsageError,
+    add_arithmetic,
     add_layout,
     add_running,
+    build_predictor,
+    check_arithmetic,
     check_running,
     list_failed,
     load_detector,
@@ -34,6 +37,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--maps", action="store_true", help="write .tiff maps as the MVTec scripts read them"
     )
     command.add_argument("--overlays", action="store_true", help="write overlay PNGs")
+    add_arithmetic(command)
     add_running(command)
 
 
@@ -43,9 +47,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from efficientad.evaluation.evaluation import evaluate
 
     check_running(options)
+    check_arithmetic(options)
     dataset = open_dataset(options.data, options.layout, options.category)
     detector = load_detector(options.model, options.device)
     require_calibration(detector)
+    predictor = None if options.reference else build_predictor(detector, options)
     with progress_bars() as progress:
         result = evaluate(
             detector,
@@ -56,8 +62,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             workers=options.workers,
             progress=progress,
+            predictor=predictor,
         )
     print_metrics(result.metrics, result.undefined)
+    print(f"computed in {result.arithmetic}")
     print(f"report: {options.out / 'report.html'}")
     print_notes(result.notes)
     list_failed(result.failed)
@@ -93,10 +101,10 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
 
 def run_calibrate(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    from efficientad.calibration.calibrating import calibrate
     from efficientad.checkpoint.native_file import save
     from efficientad.data.image_files import left_out
     from efficientad.data.layouts import open_dataset
-    from efficientad.model.calibration import calibrate
 
     check_running(options)
     out = options.out or Path(options.model).with_suffix(".safetensors")

@@ -1,14 +1,17 @@
 """The command line: the list of commands, and what runs one.
 
 Exit codes: 0 ran; 1 ran, but some inputs failed (they are listed); 2 wrong usage or an unusable
-model or data set; 3 with --fail-on-anomaly, an image was judged anomalous; 130 stopped by Ctrl-C.
+model or data set; 3 with --fail-on-anomaly, an image was judged anomalous; 130 stopped by Ctrl-C or
+SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from efficientad import __version__
 from efficientad.cli.benchmark import add_benchmark, run_benchmark
@@ -26,6 +29,7 @@ from efficientad.cli.model_files import (
 )
 from efficientad.cli.predict import add_predict, run_predict
 from efficientad.cli.train import add_train, run_train
+from efficientad.utils.interrupts import terminated_like_interrupted
 
 Add = Callable[[argparse._SubParsersAction], None]
 Run = Callable[[argparse.Namespace], int]
@@ -53,13 +57,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     _, run = COMMANDS[options.command]
     try:
-        return run(options)
+        with terminated_like_interrupted(), _warnings_as_sentences():
+            return run(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"efficientad {options.command}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except KeyboardInterrupt:
-        print(f"efficientad {options.command}: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"efficientad {options.command}: {stop or 'stopped'}", file=sys.stderr)
         return EXIT_STOPPED
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """Warnings for users as one line each, and each of them once; none for programmers."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        text = " ".join(str(message).split())
+        if issubclass(category, UserWarning) and text not in said:
+            said.add(text)
+            print(f"warning: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def build_parser() -> argparse.ArgumentParser:

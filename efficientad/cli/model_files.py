@@ -137,6 +137,7 @@ def describe(path: str) -> dict[str, Any]:
 
         fast = FastPredictor(detector, batch_sizes=(1,)).facts
         facts["fast path"] = f"{fast['backend']}, {fast['dtype']}, {fast['device']}"
+        facts["precision"] = fast["precision"]
         if fast["reason"]:
             facts["kernels not used"] = fast["reason"]
     for key, value in detector.provenance.items():

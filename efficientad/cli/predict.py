@@ -14,7 +14,10 @@ from efficientad.cli.common import (
     EXIT_OK,
     EXIT_SOME_FAILED,
     UsageError,
+    add_arithmetic,
     add_running,
+    build_predictor,
+    check_arithmetic,
     check_running,
     list_failed,
     load_detector,
@@ -49,15 +52,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         help="look at images in full resolution, in tiles of the input size that overlap by so "
         "many pixels; for a detector that was trained and calibrated on crops of that size",
     )
-    command.add_argument(
-        "--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)"
-    )
-    command.add_argument(
-        "--reference",
-        action="store_true",
-        help="use the plain float32 detector, not the fast path; goes with neither --tiles nor "
-        "--dtype",
-    )
+    add_arithmetic(command)
     add_running(
         command,
         batch_size=None,
@@ -132,10 +127,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--threshold is {options.threshold}; it must be a finite number")
     if options.reference and options.tiles is not None:
         raise UsageError("--tiles needs the fast path; leave out --reference")
-    if options.reference and options.dtype != "auto":
-        raise UsageError(
-            f"--dtype is {options.dtype}, and --reference computes in float32; leave one out"
-        )
+    check_arithmetic(options)
 
 
 def _inputs(options: argparse.Namespace) -> list[Path]:
@@ -201,15 +193,7 @@ def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:
             workers=options.workers,
             on_error=on_error,
         )
-    from efficientad.fast.options import DEFAULT_BUCKETS
-    from efficientad.fast.predictor import FastPredictor
-
-    most, sizes = options.batch_size, None
-    if most is not None:
-        sizes = (*(size for size in DEFAULT_BUCKETS["cuda"] if size < most), most)
-    predictor = FastPredictor(
-        detector, device=options.device, dtype=options.dtype, batch_sizes=sizes
-    )
+    predictor = build_predictor(detector, options)
     if options.tiles is None:
         return lambda paths, on_error: (
             prediction.cpu()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,11 +21,32 @@ from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturate
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.results.output_folder import ResultFolder, unique_names
-from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
+from efficientad.results.plain_path import (
+    OnError,
+    RawMaps,
+    distance_maps,
+    image_score,
+    sized_map,
+)
 from efficientad.results.prediction import Prediction, is_anomalous
 from efficientad.utils.files import plain_text
 
 _LISTED = 20  # names in a note
+
+
+class MapSource(Protocol):
+    """What `evaluate` asks of a `FastPredictor`."""
+
+    facts: dict[str, Any]
+
+    def distance_maps(
+        self, sources: Iterable[Any], *, workers: int = 2, on_error: OnError | None = None
+    ) -> Generator[RawMaps, None, None]:
+        """Raw maps of images, one by one, on the detector's device."""
+
+
+class EvaluationStopped(KeyboardInterrupt):
+    """Ctrl-C came during an evaluation; the report of what was scored by then is written."""
 
 
 @dataclass
@@ -41,6 +64,7 @@ class Evaluation:
         notes: sentences about what is missing (masks, and with them the figures of the pixels) and
             about masks that do not say plainly what they mark (see `efficientad.data.masks`).
         undefined: figure -> why it is None.
+        arithmetic: what computed the scores: dtype, network and device.
     """
 
     dataset: str
@@ -50,6 +74,7 @@ class Evaluation:
     failed: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     undefined: dict[str, str] = field(default_factory=dict)
+    arithmetic: str = ""
 
 
 def evaluate(
@@ -63,6 +88,7 @@ def evaluate(
     batch_size: int = 8,
     workers: int = 2,
     progress: Progress | None = None,
+    predictor: MapSource | None = None,
 ) -> Evaluation:
     """Score the test images of a data set and compute its metrics, in bounded memory.
 
@@ -77,6 +103,8 @@ def evaluate(
         notes: sentences for the report.
         batch_size, workers: images per forward pass and decoding threads.
         progress: called with (what, images done, images in all).
+        predictor: the detector's `FastPredictor` on the detector's device: its arithmetic is judged
+            then, image by image. None: the detector itself in float32, as in `efficientad.predict`.
 
     Maps are resized, bilinear, to the size of the masks, which are read by the rules of
     `efficientad.data.masks`. An image or mask that cannot be read and a score that is not finite
@@ -84,6 +112,8 @@ def evaluate(
 
     Raises:
         ValueError: not a detector, no test images; UncalibratedError: no statistics or quantiles.
+        EvaluationStopped: Ctrl-C, a KeyboardInterrupt; with `out` the report of what was scored by
+            then is written first.
     """
     check_detector(detector)
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
@@ -94,6 +124,7 @@ def evaluate(
     if not detector.calibrated:
         detector.raise_uncalibrated()
     result = Evaluation(dataset.name, {}, notes=[*dataset.notes, *_missing_masks(dataset)])
+    result.arithmetic = _arithmetic(detector, predictor)
     folder = None
     if out is not None:
         folder = ResultFolder(
@@ -103,54 +134,94 @@ def evaluate(
             maps=Path(out) / "maps" / dataset.name / "test" if maps else None,
             failed=result.failed,
         )
-    names = unique_names([Path(s.defect) / s.path.name for s in dataset.test])
-    remarks: dict[str, list[str]] = defaultdict(list)
-    # Saturated PRO is defined per folder of test images; each accumulator takes up to 48 MB.
-    pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)
+    run = _Run(detector, dataset, result, folder)
+    paths = [sample.path for sample in dataset.test]
+    options: dict[str, Any] = {
+        "workers": workers,
+        "on_error": lambda index, source, error: run.fail(source, error.reason),
+    }
+    if predictor is None:
+        raws = distance_maps(detector, paths, batch_size=batch_size, **options)
+    else:
+        raws = predictor.distance_maps(paths, **options)
+    stopped = False
+    try:
+        with closing(raws):
+            for raw in raws:
+                if progress is not None:
+                    progress("test images", raw.index + 1, len(dataset.test))
+                run.add(raw)
+    except KeyboardInterrupt:
+        stopped = True
+        done = f"{len(result.scores)} of {len(dataset.test)} test images"
+        result.notes.insert(0, f"The evaluation stopped early: {done} were scored.")
 
-    def fail(path: Path, reason: str) -> None:
-        result.failed.append((plain_text(path), plain_text(reason)))
+    result.metrics = _figures(result, dataset, run.pixels, detector.threshold)
+    result.notes += _remarks(run.remarks)
+    result.undefined = _undefined(result)
+    if folder is not None:
+        said = [*notes, *result.notes, *_reasons(result.undefined)]
+        if predictor is not None:
+            said.append(f"Scores were computed in {result.arithmetic}.")
+        folder.close(f"Evaluation on {dataset.name}", metrics=result.metrics, notes=said)
+    if stopped:
+        raise EvaluationStopped(f"stopped: {done} were scored")
+    return result
 
-    for raw in distance_maps(
-        detector,
-        [sample.path for sample in dataset.test],
-        batch_size=batch_size,
-        workers=workers,
-        on_error=lambda index, source, error: fail(source, error.reason),
-    ):
+
+class _Run:
+    """The loop of `evaluate`: what every image adds to the result, the folder and the metrics."""
+
+    def __init__(
+        self,
+        detector: EfficientAD,
+        dataset: DataSet,
+        result: Evaluation,
+        folder: ResultFolder | None,
+    ) -> None:
+        self.detector, self.dataset = detector, dataset
+        self.result, self.folder = result, folder
+        self.remarks: dict[str, list[str]] = defaultdict(list)
+        # Saturated PRO is defined per folder of test images; each accumulator takes up to 48 MB.
+        self.pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)
+        self._names = unique_names([Path(s.defect) / s.path.name for s in dataset.test])
+
+    def fail(self, path: Path, reason: str) -> None:
+        """List an image that gave no score, or whose score does not count."""
+        self.result.failed.append((plain_text(path), plain_text(reason)))
+
+    def add(self, raw: RawMaps) -> None:
+        """Score an image and compare its map with its mask."""
+        detector, dataset = self.detector, self.dataset
         sample = dataset.test[raw.index]
         score = image_score(detector, raw)
-        if progress is not None:
-            progress("test images", raw.index + 1, len(dataset.test))
         own_size = sized_map(detector, raw, raw.source_size)
-        if folder is not None:
-            folder.add(
+        if self.folder is not None:
+            self.folder.add(
                 Prediction(raw.index, score, detector.threshold, own_size, raw.source_size),
                 sample.path,
-                names[raw.index],
+                self._names[raw.index],
                 image=read_image(sample.path),
                 label=sample.label,
                 defect=sample.defect,
             )
         if not math.isfinite(score):
-            fail(sample.path, f"its score is {score}")
-            continue
+            return self.fail(sample.path, f"its score is {score}")
         if dataset.has_masks:
             try:
-                _add_pixels(pixels, remarks, detector, dataset, raw, own_size)
+                _add_pixels(self.pixels, self.remarks, detector, dataset, raw, own_size)
             except (ValueError, FileNotFoundError) as error:  # ImageError is a ValueError
-                fail(sample.path, f"mask: {error}")
-                continue
-        result.samples.append(sample)
-        result.scores.append(score)
+                return self.fail(sample.path, f"mask: {error}")
+        self.result.samples.append(sample)
+        self.result.scores.append(score)
+        return None
 
-    result.metrics = _figures(result, dataset, pixels, detector.threshold)
-    result.notes += _remarks(remarks)
-    result.undefined = _undefined(result)
-    if folder is not None:
-        said = [*notes, *result.notes, *_reasons(result.undefined)]
-        folder.close(f"Evaluation on {dataset.name}", metrics=result.metrics, notes=said)
-    return result
+
+def _arithmetic(detector: EfficientAD, predictor: MapSource | None) -> str:
+    """What computes: dtype, network and device."""
+    if predictor is None:
+        return f"float32, the detector itself, on {detector.affine.device}"
+    return "{dtype}, {backend}, on {device}".format(**predictor.facts)
 
 
 def _missing_masks(dataset: DataSet) -> list[str]:

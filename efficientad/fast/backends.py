@@ -64,6 +64,7 @@ class KernelBackend:
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}; the kernels compute in float16 or bfloat16")
         self.dtype, self.device = dtype, device
+        self.packed_dtype = dtype
         self.weights = self._fold(detector)
         self.plan = Plan(
             detector.size, detector.padding, detector.image_size, detector.map_padding, device
@@ -176,7 +177,7 @@ class Fp8Backend(KernelBackend):
 class TorchBackend:
     """The folded torch network in channels_last; arguments as in `KernelBackend`.
 
-    dtype: float32, float16 (CUDA only), bfloat16 or float64.
+    dtype: float32, float16 (CUDA only), bfloat16 or float64. Packed images are in at least float32.
     """
 
     channels = 3
@@ -184,6 +185,7 @@ class TorchBackend:
 
     def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
+        self.packed_dtype = torch.promote_types(dtype, torch.float32)
         self.network = FoldedNetwork(detector, dtype, device)
         self.name = network_name(dtype, device, shared=self.network.shared)
         wide = torch.promote_types(dtype, torch.float32)

@@ -8,6 +8,7 @@ parts.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from efficientad.model.calibration import GoodImages
 from efficientad.model.detector import EfficientAD
 from efficientad.ops import frame_path
 from efficientad.utils.cuda_graphs import wait_before_drop
+from efficientad.utils.processes import ADVICE, computing, fresh_lock_after_fork
 
 Size = tuple[int, int]
 
@@ -68,6 +70,9 @@ class Engine:
         self.map_padding = detector.map_padding
         self.score_size = detector.score_size
         self.lock = threading.Lock()
+        self._process = os.getpid()
+        fresh_lock_after_fork(self)
+        computing()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:
             wait_before_drop(self, self.stream)
@@ -128,12 +133,22 @@ class Engine:
     @contextlib.contextmanager
     def step(self, inputs: Sequence[Any]) -> Iterator[Callable[..., None]]:
         """One step at a time, on the engine's device and stream, ordered behind the caller's
-        work on device inputs. Yields a function that hands the results to the caller's stream."""
+        work on device inputs. Yields a function that hands the results to the caller's stream.
+
+        Raises:
+            RuntimeError: on a GPU, in a process that was forked after construction.
+        """
+        computing()
         stream = self.stream
         if stream is None:
             with self.lock:
                 yield lambda *results: None
             return
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this process was forked after the predictor was built on {self.device}, and CUDA "
+                f"does not work across fork(): {ADVICE}"
+            )
         caller = torch.cuda.current_stream(self.device)
         on_device = [v for v in inputs if isinstance(v, Tensor) and v.is_cuda]
         with self.lock, self.on_device():
@@ -186,12 +201,18 @@ class Engine:
             at += count
         return [torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True)]
 
+    def frame_maps(self, frame: Frame) -> tuple[Tensor, Tensor]:
+        """The distance maps (1, h, w) of one frame, float32."""
+        result = self._run([frame], self.batch_sizes[0])
+        st, ae = (m[..., :1, :, :].float() for m in result.maps)
+        return (st.sum(0), ae.sum(0)) if st.dim() == 4 else (st.clone(), ae.clone())
+
     def resize_pack(self, frame: Frame, place: Tensor) -> None:
         """A frame of any size to a packed image, where `place` lies."""
         mean, std = self.normalization
         frame_path.resize_pack(
             frame, self.image_size, mean, std, border=self.backend.border,
-            channels=self.backend.channels, dtype=self.backend.dtype, out=place,
+            channels=self.backend.channels, dtype=self.backend.packed_dtype, out=place,
         )  # fmt: skip
 
     def _chunks(self, images: int) -> Iterator[tuple[int, int]]:

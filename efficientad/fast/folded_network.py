@@ -8,6 +8,10 @@ missing the large convolutions still take fewer multiplications (`ops/differenti
 
 Where teacher and student have the same inner layers, as after the instant schedule, a CPU computes
 these once, and the last layers of both become one on the same features.
+
+In 16 bits the first layer of teacher and student sees image and filters as two numbers each, their
+sum nearly float32: rounding there shifts whole images alike, and was measured to be nearly all of
+the error (docs/precision.md).
 """
 
 from __future__ import annotations
@@ -64,12 +68,13 @@ class FoldedNetwork(nn.Module):
         super().__init__()
         self.size, self.padding = detector.size, detector.padding
         self.dtype, self.device = dtype, torch.device(device or detector.affine.device)
+        self._split = dtype if dtype.itemsize == 2 else None
         self._register(detector)
 
     def _register(self, detector: EfficientAD) -> None:
         """Make the buffers, and of them the compiled network."""
         self.shared = self._shares(detector)
-        tensors = _folded_tensors(detector, self.shared)
+        tensors = self._tensors(detector)
         for name in list(dict(self.named_buffers())):
             delattr(self, name)
         for name, value in tensors.items():
@@ -81,6 +86,15 @@ class FoldedNetwork(nn.Module):
     def _shares(self, detector: EfficientAD) -> bool:
         """On a CPU alone: a CUDA graph holds on to its buffers whatever is loaded next."""
         return self.device.type == "cpu" and same_inner_layers(detector.teacher, detector.student)
+
+    def _tensors(self, detector: EfficientAD) -> dict[str, Tensor]:
+        """`_folded_tensors`, with the first layers' filters as `_parts` of images needs them."""
+        tensors = _folded_tensors(detector, self.shared)
+        if self._split is not None:
+            for name in tensors.keys() & {"teacher1_weight", "student1_weight"}:
+                high, low = _parts(tensors[name], self._split)
+                tensors[name] = torch.cat([high, high, low], 1)
+        return tensors
 
     def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | None:
         """The network in compiled convolutions, where they compute in its dtype."""
@@ -106,20 +120,27 @@ class FoldedNetwork(nn.Module):
         if self._shares(detector) != self.shared:
             self._register(detector)
             return
-        tensors = _folded_tensors(detector, self.shared)
+        tensors = self._tensors(detector)
         for name, value in tensors.items():
             getattr(self, name).copy_(value)
         self._native = self._compiled(tensors)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w), float32."""
+        """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w), float32.
+
+        Images for a 16-bit network are float32.
+        """
         if self._native is not None:
             return self._native(x)
         height, width = x.shape[-2:]
-        teacher = student = self._trunk(x, "teacher")
+        first = x
+        if self._split is not None:
+            x, low = _parts(x, self._split)
+            first = torch.cat([x, low, x], 1)
+        teacher = student = self._trunk(first, "teacher")
         joined = teacher
         if not self.shared:
-            student = self._trunk(x, "student")
+            student = self._trunk(first, "student")
             joined = torch.cat([teacher, student], 1)
         decoded = self._autoencoder(x, (height, width))
         st = self._conv(joined, "st")
@@ -158,6 +179,12 @@ class FoldedNetwork(nn.Module):
             x = F.interpolate(x, size=(rows[i - 1], cols[i - 1]), mode="bilinear")
             x = F.relu_(conv(x, f"deconv{i}", padding=2 if i < 7 else 1))
         return x
+
+
+def _parts(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x rounded to `dtype`, and what is missing, rounded too."""
+    high = x.to(dtype)
+    return high, (x - high).to(dtype)
 
 
 def _mean_square(difference: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,17 +16,30 @@ FP8_MIN_CAPABILITY = (8, 9)
 DEFAULT_BUCKETS = {"cuda": (1, 4, 16), "cpu": (1,)}
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device, backend: str) -> torch.dtype:
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a device is fastest, whatever it does to the scores."""
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if cpu_is_fastest_in_bfloat16() else torch.float32
+
+
+def choose_dtype(
+    dtype: str | torch.dtype,
+    device: torch.device,
+    backend: str,
+    doubt: Callable[[torch.dtype], str | None] = lambda dtype: None,
+) -> torch.dtype:
     """The computing dtype on `device`; see `predictor.FastPredictor`.
+
+    doubt: why a dtype's scores cannot stand in for float32's, or None; "auto" is float32 then.
 
     Raises:
         ValueError: an unknown dtype, float16 or float8_e4m3fn on a CPU outside Triton's
             interpreter, float8_e4m3fn below sm_89 or without the kernels.
     """
     if dtype == "auto":
-        if device.type == "cuda":
-            return torch.float16
-        return torch.bfloat16 if cpu_is_fastest_in_bfloat16() else torch.float32
+        fastest = fastest_dtype(device)
+        return fastest if backend == "triton" or doubt(fastest) is None else torch.float32
     chosen = DTYPES.get(str(dtype).removeprefix("torch."))
     if chosen is None:
         raise ValueError(f"dtype is {dtype!r}; it must be 'auto' or one of {', '.join(DTYPES)}")

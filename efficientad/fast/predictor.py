@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efficientad.data.decoding import ImageError
+from efficientad.data.images import as_sources
 from efficientad.fast.backends import TorchBackend
 from efficientad.fast.engine import Engine
 from efficientad.fast.fp8 import check_calibration
-from efficientad.fast.frame_inputs import Frame, as_batch, read_frames
-from efficientad.fast.options import choose_buckets, choose_dtype
+from efficientad.fast.frame_inputs import Frame, as_batch, read_frame, read_frames
+from efficientad.fast.options import choose_buckets, choose_dtype, fastest_dtype
 from efficientad.fast.streaming import stream
 from efficientad.fast.tiling import DEFAULT_OVERLAP, predict_large
 from efficientad.model.calibration import GoodImages
 from efficientad.model.detector import AnomalyOutput, EfficientAD, check_detector, check_threshold
+from efficientad.model.precision import doubt, stored_precision
+from efficientad.results.plain_path import OnError, RawMaps
 from efficientad.results.prediction import Prediction, check_map_size
 from efficientad.utils.devices import choose_device
+from efficientad.utils.prefetch import ahead
+from efficientad.utils.processes import pickled_by_content
 
 MAP_SIZES = ("input", "source", "feature", None)
 
 
+@pickled_by_content
 class FastPredictor:
     """Frames in, scores and anomaly maps out, as fast as the device allows.
 
@@ -37,10 +46,14 @@ class FastPredictor:
         detector: calibrated; its weights are copied, and it may be dropped or changed afterwards.
         device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", or a torch.device.
         dtype: "auto", or "float32", "float16", "bfloat16", "float8_e4m3fn" or the torch dtype.
-            "auto" is float16 on CUDA. On a CPU it is bfloat16 where the processor has AMX or ARM's
-            BF16, else float32, whose compiled convolutions were measured faster than bfloat16
-            through AVX512-BF16; that is taken where they are missing. float8_e4m3fn is never
-            automatic: it needs a CUDA device from sm_89 on, and `calibration`.
+            "auto" is float16 on CUDA; on a CPU bfloat16 where the processor has AMX or ARM's BF16
+            (or AVX512-BF16 and no compiled float32 convolutions, which are faster); but only if the
+            detector has earned it, see docs/precision.md: at its calibration the scores of the
+            held-out images in that dtype lay close enough to float32's. Else it is float32. A
+            detector that was calibrated before this was measured gets float32 on a CPU and float16
+            on CUDA. A dtype that is named and has not been earned is used, with a warning.
+            float8_e4m3fn is never automatic: it needs a CUDA device from sm_89 on, and
+            `calibration`.
         batch_sizes: the buckets. A batch is cut into the largest that fit; what remains is padded
             to the next bucket on a GPU. None: (1, 4, 16) on a GPU and (1,) on a CPU, where a larger
             batch gains nothing.
@@ -52,8 +65,10 @@ class FastPredictor:
         fp8_layers: the PDN layers in fp8: "second", "inner" (second to last but one) or "all".
 
     Calls from several threads are safe: a lock serialises the steps. For more throughput give each
-    thread an instance of its own. While one is constructed on a GPU, other threads may compute but
-    not call `torch.cuda.synchronize()`: CUDA does not allow that beside a graph's capture.
+    thread an instance of its own. It can be pickled, and so handed to a process that is spawned; a
+    forked one computes in one thread, and not at all on CUDA. While one is constructed on a GPU,
+    other threads may compute but not call `torch.cuda.synchronize()`: CUDA does not allow that
+    beside a graph's capture.
 
     After construction a step allocates nothing but its result, which never aliases the predictor's
     buffers. Nothing waits for the device but `Prediction.cpu()` and reading a value.
@@ -61,7 +76,8 @@ class FastPredictor:
     Attributes:
         threshold: by which predictions are judged; the detector's, and may be set at any time.
         facts: device, dtype, backend, the reason if the kernels are not used, fp8's layers and its
-            `fp8.Fp8Check` or None, and the seconds that construction took.
+            `fp8.Fp8Check` or None, what is known of the dtype's errors ("precision"), and the
+            seconds that construction took.
         device, dtype, batch_sizes, map_size: as chosen. size, padding, image_size, map_padding,
             score_size: the detector's.
         engine: what computes, see `engine.Engine`.
@@ -92,7 +108,8 @@ class FastPredictor:
             detector.raise_uncalibrated()
         check_map_size(map_size, MAP_SIZES)
         self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device, backend)
+        self._automatic = dtype == "auto" and backend != "triton"
+        self.dtype = choose_dtype(dtype, self.device, backend, lambda d: self._doubt(detector, d))
         check_calibration(self.dtype, calibration)
         self.batch_sizes = choose_buckets(batch_sizes, self.device)
         self.map_size = map_size
@@ -102,6 +119,12 @@ class FastPredictor:
         self.score_size = detector.score_size
         self._frames = 0
         self._not_numbers: set[int] = set()
+        self._options = {
+            "device": str(self.device), "dtype": dtype, "batch_sizes": self.batch_sizes,
+            "map_size": map_size, "backend": backend, "calibration": calibration,
+            "fp8_layers": fp8_layers,
+        }  # fmt: skip
+        self._detector = copy.deepcopy(detector).cpu()
         self.engine = Engine(
             detector, self.device, self.dtype, self.batch_sizes, kind=backend,
             calibration=calibration, fp8_layers=fp8_layers, torch_backend=self.torch_backend,
@@ -112,8 +135,32 @@ class FastPredictor:
             "backend": self.engine.backend.name,
             "reason": self.engine.reason,
             "fp8": self.engine.fp8,
+            "precision": self._judged(detector),
             "construction_seconds": round(time.perf_counter() - start, 3),
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its detector and its arguments: whoever unpickles it builds it anew."""
+        return _rebuilt, (type(self), self._detector, self._options, self.threshold)
+
+    def _doubt(self, detector: EfficientAD, dtype: torch.dtype) -> str | None:
+        """Why "auto" does not take this dtype, or None. Unmeasured: only a CPU is careful."""
+        if self.device.type == "cuda" and stored_precision(detector) is None:
+            return None
+        return doubt(detector, dtype)
+
+    def _judged(self, detector: EfficientAD) -> str:
+        """What is known of the dtype's errors; warns of a named one that goes beyond the bound."""
+        if self._automatic and self.dtype == torch.float32:
+            problem = self._doubt(detector, fastest_dtype(self.device))
+            return "float32" if problem is None else f"float32, because {problem}"
+        name = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float32:
+            return name
+        problem = None if self.engine.fp8 is not None else doubt(detector, self.dtype)
+        if problem is not None and not self._automatic and stored_precision(detector) is not None:
+            warnings.warn(f"dtype is {name}, and {problem}", stacklevel=3)
+        return f"{name}, as earned" if problem is None else f"{name}, although {problem}"
 
     # ---- calls -------------------------------------------------------------------------------
 
@@ -201,6 +248,39 @@ class FastPredictor:
             self, sources, policy=policy, map_size=map_size, workers=workers, on_error=on_error
         )
 
+    @torch.no_grad()
+    def distance_maps(
+        self, sources: Iterable[Any], *, workers: int = 2, on_error: OnError | None = None
+    ) -> Generator[RawMaps, None, None]:
+        """Raw maps of images, one by one, as `plain_path.distance_maps` gives the detector's.
+
+        The detector's `anomaly_map` makes of them the maps and scores that calls return.
+
+        Raises:
+            ValueError: in fp8, whose quantiles are not the detector's.
+        """
+        if self.engine.fp8 is not None:
+            raise ValueError("dtype is float8_e4m3fn, whose maps go with quantiles of their own")
+
+        def read(numbered: tuple[int, Any]) -> tuple[int, Any, Frame | ImageError]:
+            try:
+                return *numbered, read_frame(numbered[1])
+            except ImageError as error:
+                return *numbered, error
+
+        steps = ahead(read, enumerate(as_sources(sources)), workers=workers, depth=1 + 2 * workers)
+        with closing(steps):
+            for index, source, frame in steps:
+                if isinstance(frame, ImageError):
+                    if on_error is None:
+                        raise frame
+                    on_error(index, source, frame)
+                    continue
+                with self.engine.step([frame]) as hand_over:
+                    st, ae = self.engine.frame_maps(frame)
+                    hand_over(st, ae)
+                yield RawMaps(index, (frame.shape[0], frame.shape[1]), st, ae)
+
     def predict_large(
         self, source: Any, *, overlap: int = DEFAULT_OVERLAP, batch: int | None = None
     ) -> Prediction:
@@ -212,8 +292,9 @@ class FastPredictor:
 
         Raises:
             UncalibratedError: it has no statistics or quantiles.
-            ValueError: another network, input size, map padding or score size; always in fp8, whose
-                scales and quantiles belong to the predictor's own detector.
+            ValueError: another network, input size, map padding or score size; a detector that has
+                not earned the dtype that "auto" chose; always in fp8, whose scales and quantiles
+                belong to the predictor's own detector.
         """
         check_detector(detector)
         if not detector.calibrated:
@@ -228,7 +309,15 @@ class FastPredictor:
                 raise ValueError(
                     f"the detector has {name} {b} and the predictor {a}; build a new predictor"
                 )
+        problem = self._doubt(detector, self.dtype) if self._automatic else None
+        if problem is not None:
+            raise ValueError(
+                f"the predictor computes in {self.facts['dtype']}, which another detector earned, "
+                f"and {problem}; build a new predictor"
+            )
         self.engine.reload(detector)
+        self._detector = copy.deepcopy(detector).cpu()
+        self.facts["precision"] = self._judged(detector)
 
     @property
     def threshold(self) -> float | None:
@@ -263,3 +352,14 @@ class FastPredictor:
             where = torch.nonzero(score.isnan()).flatten()
             self._not_numbers.update((serial + where).tolist())
         return serial
+
+
+def _rebuilt(
+    cls: type[FastPredictor],
+    detector: EfficientAD,
+    options: dict[str, Any],
+    threshold: float | None,
+) -> FastPredictor:
+    predictor = cls(detector, **options)
+    predictor.threshold = threshold
+    return predictor

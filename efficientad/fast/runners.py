@@ -52,7 +52,7 @@ class EagerRunner:
         self.backend, self.image_size, self.map_padding = backend, image_size, map_padding
         height, width = (length + 2 * backend.border for length in image_size)
         shape = (images, height, width, backend.channels)
-        self._packed = torch.zeros(shape, dtype=backend.dtype, device=backend.device)
+        self._packed = torch.zeros(shape, dtype=backend.packed_dtype, device=backend.device)
 
     def packed(self, bucket: int) -> Tensor:
         """The input buffer of a batch of `bucket` images: (bucket, H, W, channels)."""

@@ -126,7 +126,7 @@ def _check_bucket(
     height, width = (length + 2 * backend.border for length in detector.image_size)
     shape = (len(levels), height, width, backend.channels)
     packed, of_frames = (
-        torch.empty(shape, dtype=backend.dtype, device=backend.device) for _ in "ab"
+        torch.empty(shape, dtype=backend.packed_dtype, device=backend.device) for _ in "ab"
     )
     backend.pack((levels.float() / 255).contiguous(), packed, channels_last=False)
     backend.pack(levels.permute(0, 2, 3, 1).contiguous(), of_frames, channels_last=True)

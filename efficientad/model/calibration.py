@@ -25,14 +25,21 @@ from efficientad.data.image_files import find_images
 from efficientad.data.images import Batch, load_batches
 from efficientad.data.layouts import open_dataset
 from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD, check_detector
+from efficientad.model.good_images import GoodImagesSeen, warn_of_odd
 from efficientad.model.networks import TEACHER_CHANNELS
+from efficientad.model.precision import Precision
 from efficientad.utils.checks import check_number
 from efficientad.utils.devices import full_float32
+from efficientad.utils.processes import computing
 from efficientad.utils.quantiles import streaming_quantiles
 
 GoodImages = str | os.PathLike | DataSet | Iterable[str | os.PathLike]  # without defects
 Progress = Callable[[str, int, int], None]  # (what is done, images so far, images in all)
+Measure = Callable[[EfficientAD, Sequence[Path], Sequence[float]], Precision]
 FALSE_POSITIVE_RATE = 0.01
+# Of q_b - q_a as part of q_b. Trained detectors have a tenth and more; what is left of constant
+# maps is the rounding of distances, below a ten-thousandth.
+LEAST_SPREAD = 1e-3
 _CHUNK = 32  # maps read back from the temporary file at a time
 
 
@@ -66,6 +73,22 @@ class ChannelStatistics:
         if self.count == 0:
             raise ValueError("channel statistics need at least one image")
         return self._mean, (self._squares / self.count).sqrt()
+
+    def of_teacher(self) -> tuple[Tensor, Tensor]:
+        """`result` of a teacher on good images; what lies below float32's rounding becomes 0.
+
+        Raises:
+            ValueError: more than half of the channels are constant, or nothing was added.
+        """
+        mean, std = self.result()
+        rounding = 1e-5 * (mean.square() + std.square()).mean().sqrt()
+        constant = std <= rounding
+        if int(constant.sum()) > len(std) // 2:
+            raise ValueError(
+                f"{int(constant.sum())} of {len(std)} teacher channels are constant on the good "
+                "images, which show nothing then: give images of the parts"
+            )
+        return mean, std.masked_fill(constant, 0.0)
 
 
 class MapFile:
@@ -153,25 +176,12 @@ def calibrate(
     workers: int = 2,
     progress: Progress | None = None,
     on_error: Callable[[int, object, ImageError], None] | None = None,
+    measure: Measure | None = None,
 ) -> EfficientAD:
-    """Set what a detector needs beside its weights: statistics, quantiles and a threshold.
+    """As `calibration.calibrating.calibrate`, which see, with what `measure` finds.
 
-    Args:
-        detector: changed in place and returned; it stays on its device.
-        good_images: images without defects: a folder, a data set in a known layout, a list of
-            files, or a `DataSet`; see `split_good_images`.
-        false_positive_rate: share of the images for the quantiles that may exceed the threshold.
-        statistics: True computes the teacher's channel statistics anew from the training images,
-            False keeps them, None computes them if they are not set. A student is trained against
-            particular statistics: name the images it was trained on, or leave them alone.
-        batch_size, workers: images per forward pass and decoding threads.
-        progress: called with (what, images done, images in all).
-        on_error: called with (index, source, error) for an unreadable image, which is left out;
-            without it the error is raised.
-
-    Raises:
-        ValueError: a rate outside [0, 1), no readable image, statistics neither set nor wanted, or
-            maps not finite. After this or any other error the detector is as it was.
+    measure: called with the calibrated detector, the images behind the threshold that could be
+        read, and their scores; its result is kept in the provenance. None: no dtype is earned.
     """
     check_detector(detector)
     false_positive_rate = check_number("false_positive_rate", false_positive_rate, 0, 1)
@@ -194,24 +204,37 @@ def calibrate(
             raise ValueError(f"none of the {len(paths)} images for the {what} could be read")
 
     device = detector.teacher_mean.device
+    computing()
     was_training = detector.training
     detector.eval()
     maps = MapFile(*detector.feature_size())
     try:
         with torch.no_grad(), full_float32(), _restored_on_error(detector):
             if statistics:
-                collected = ChannelStatistics()
+                collected, seen = ChannelStatistics(), GoodImagesSeen("the channel statistics")
                 for batch in batches(train, "channel statistics"):
-                    x = detector.normalize(batch.images.to(device))
-                    collected.add(detector.teacher(x))
-                detector.set_statistics(*collected.result())
+                    if (shows := seen.add(batch)).any():
+                        x = detector.normalize(batch.images[shows].to(device))
+                        collected.add(detector.teacher(x))
+                seen.check("they are left out", alike=False)
+                detector.set_statistics(*collected.of_teacher())
             source_sizes: list[tuple[int, int]] = []
+            images: list[Path] = []
+            held_out = GoodImagesSeen("quantiles and threshold")
             for batch in batches(validation, "map quantiles"):
-                maps.add(*detector.distance_maps(batch.images.to(device)))
-                source_sizes += batch.source_sizes
+                if not (shows := held_out.add(batch)).any():
+                    continue
+                maps.add(*detector.distance_maps(batch.images[shows].to(device)))
+                places = shows.nonzero().flatten().tolist()
+                source_sizes += [batch.source_sizes[i] for i in places]
+                images += [batch.sources[i] for i in places]
+            held_out.check("they are left out")
             set_quantiles_from_maps(detector, maps)
+            check_scale(detector, len(images))
             scores = validation_scores(detector, maps, source_sizes)
+            odd = warn_of_odd(images, scores)
             detector.threshold = threshold_from_scores(scores, false_positive_rate)
+            precision = None if measure is None else measure(detector, images, scores).facts()
     finally:
         maps.close()
         detector.train(was_training)
@@ -221,6 +244,9 @@ def calibrate(
         "false_positive_rate": false_positive_rate,
         "threshold_rests_on": len(scores),
         "validation_score_min_mean_max": [min(scores), float(np.mean(scores)), max(scores)],
+        "of_one_colour": held_out.flat,
+        "odd": odd,
+        "precision": precision,
     }
     return detector
 
@@ -258,6 +284,17 @@ def set_quantiles_from_maps(detector: EfficientAD, maps: MapFile) -> None:
 
         found += streaming_quantiles(values, QUANTILE_LEVELS)
     detector.set_quantiles(*found)
+
+
+def check_scale(detector: EfficientAD, images: int) -> None:
+    """Raise ValueError where the quantiles of good images' maps set no scale."""
+    q = detector.quantiles.tolist()
+    for kind, qa, qb in (("st", q[0], q[1]), ("ae", q[2], q[3])):
+        if not qb - qa > LEAST_SPREAD * max(abs(qa), abs(qb)):
+            raise ValueError(
+                f"the {kind} maps of the {images} good images are all but constant (q_a {qa:.6g}, "
+                f"q_b {qb:.6g}), so that no scale for scores follows: give images of the parts"
+            )
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from efficientad.model.networks import (
 )
 from efficientad.ops import reference
 from efficientad.utils.checks import check_flag, is_number
+from efficientad.utils.processes import pickled_by_content
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -91,6 +92,7 @@ def check_threshold(value: object) -> float | None:
     return float(value)
 
 
+@pickled_by_content
 class EfficientAD(nn.Module):
     """Teacher, student, autoencoder, channel statistics, map quantiles and threshold.
 
@@ -357,11 +359,9 @@ class EfficientAD(nn.Module):
         return feature_size(height, self.padding), feature_size(width, self.padding)
 
     def raise_uncalibrated(self) -> None:
-        missing = (
-            "the map quantiles are"
-            if self._has_statistics
-            else ("the teacher's channel statistics and the map quantiles are")
-        )
+        missing = "the map quantiles are"
+        if not self._has_statistics:
+            missing = f"the teacher's channel statistics and {missing}"
         raise UncalibratedError(
             f"the detector is not calibrated: {missing} not set, so scores have no meaning. "
             "Run `efficientad calibrate MODEL GOOD_IMAGES` or `efficientad.calibrate(detector, "

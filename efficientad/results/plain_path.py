@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from efficientad.data.images import as_sources, load_batches
 from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.results.prediction import Prediction, check_map_size
 from efficientad.utils.devices import full_float32
+from efficientad.utils.processes import computing
 
 OnError = Callable[[int, Any, ImageError], None]
 MAP_SIZES = ("source", "input")
@@ -39,9 +40,10 @@ def distance_maps(
     batch_size: int = 8,
     workers: int = 2,
     on_error: OnError | None = None,
-) -> Iterator[RawMaps]:
+) -> Generator[RawMaps, None, None]:
     """Raw maps of images, in order; arguments as in `predict`."""
     device = detector.affine.device
+    computing()
     for batch in load_batches(
         sources, detector.image_size, batch_size=batch_size, workers=workers, on_error=on_error
     ):

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from efficientad.calibration.measuring import measure_precision
 from efficientad.checkpoint.native_file import save
 from efficientad.checkpoint.teachers import teacher_license
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.evaluation import evaluate as measure
-from efficientad.model.calibration import FALSE_POSITIVE_RATE, Progress, calibrate
+from efficientad.model.calibration import FALSE_POSITIVE_RATE, Measure, Progress, calibrate
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN
 from efficientad.training import closed_form
@@ -277,7 +278,7 @@ def _solve(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
         "seed": settings.seed,
         "dtype": settings.dtype,
     }
-    return _Trained(facts, _calibrate(task, dataset, parts.detector))
+    return _Trained(facts, _calibrate(task, dataset, parts.detector, measure_precision))
 
 
 def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
@@ -318,7 +319,7 @@ def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
             detector.requires_grad_(False)
             detector.student.requires_grad_(True)
             detector.autoencoder.requires_grad_(True)
-            unreadable = _calibrate(task, dataset, detector)
+            unreadable = _calibrate(task, dataset, detector, measure_precision)
         except KeyboardInterrupt:
             raise TrainingStopped(trainer.step, task.checkpoint) from None
     photos, history = parts.source.photos, trainer.history
@@ -334,7 +335,9 @@ def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
     return _Trained(facts, unreadable)
 
 
-def _calibrate(task: _Task, dataset: DataSet, detector: EfficientAD) -> list[tuple[str, str]]:
+def _calibrate(
+    task: _Task, dataset: DataSet, detector: EfficientAD, precision: Measure | None = None
+) -> list[tuple[str, str]]:
     """Calibrate on what was held out; (path, reason) of what could not be read."""
     unreadable: list[tuple[str, str]] = []
     calibrate(
@@ -345,6 +348,7 @@ def _calibrate(task: _Task, dataset: DataSet, detector: EfficientAD) -> list[tup
         statistics=False,
         workers=task.workers,
         on_error=lambda index, path, error: unreadable.append((str(path), error.reason)),
+        measure=precision,
     )
     return unreadable
 

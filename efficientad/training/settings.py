@@ -12,6 +12,7 @@ import torch
 
 from efficientad.data.datasets import DataSet
 from efficientad.data.decoding import ImageError, read_image
+from efficientad.model.good_images import GoodImagesSeen
 from efficientad.training.losses import HARD_QUANTILE
 from efficientad.utils.checks import check_integer, check_number, check_writable
 from efficientad.utils.devices import cpu_multiplies_bfloat16
@@ -117,7 +118,8 @@ def check_files(
 
 
 def check_data(dataset: DataSet, evaluate_every: int) -> None:
-    """Raise ValueError unless there is something to train on and something held out to read."""
+    """Raise ValueError unless there is something to train on, and something held out that shows a
+    part."""
     for part, samples in (("training", dataset.train), ("validation", dataset.validation)):
         if not samples:
             raise ValueError(f"{dataset.root} has no {part} images; at least one is needed")
@@ -130,13 +132,14 @@ def check_data(dataset: DataSet, evaluate_every: int) -> None:
         raise ValueError(
             f"evaluate_every is {evaluate_every} and {dataset.root} has no test images; use 0"
         )
-    failed = []
+    failed, seen = [], GoodImagesSeen("quantiles and threshold")
     for sample in dataset.validation:
         try:
-            read_image(sample.path)
-            return
+            seen.add_pixels(read_image(sample.path), sample.path)
         except ImageError as error:
             failed.append(f"{sample.path}: {error.reason}")
+    if seen.count:
+        return seen.check("they will be left out", alike=False)
     more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
     raise ValueError(
         f"none of the {len(failed)} held-out images can be read, on which the threshold would "

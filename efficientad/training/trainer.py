@@ -21,6 +21,7 @@ from torch import Tensor
 from efficientad.data.decoding import ImageError
 from efficientad.model.calibration import ChannelStatistics, Progress
 from efficientad.model.detector import EfficientAD
+from efficientad.model.good_images import GoodImagesSeen
 from efficientad.training.graph_step import GraphStep
 from efficientad.training.losses import (
     TERMS,
@@ -34,6 +35,7 @@ from efficientad.training.settings import Settings, TrainingError, TrainingStopp
 from efficientad.utils.files import write_text
 from efficientad.utils.interrupts import held_back
 from efficientad.utils.prefetch import ahead
+from efficientad.utils.processes import computing
 from efficientad.utils.run_state import load_state, optimizer_tensors, restore_optimizer, save_state
 from efficientad.utils.sampling import random_numbers
 
@@ -96,9 +98,10 @@ class Trainer:
         """Channel statistics of the teacher over all training images; leaves out unreadable ones.
 
         Raises:
-            ValueError: no image can be read.
+            ValueError: no image can be read, or too many are of one colour.
         """
         images = self.source.images
+        computing()
 
         def load(index: int):
             try:
@@ -107,17 +110,20 @@ class Trainer:
                 return error
 
         statistics, bad, good = ChannelStatistics(), [], 0
+        seen = GoodImagesSeen("training")
         for i, found in enumerate(ahead(load, range(len(images)), workers=workers, depth=4)):
             if isinstance(found, ImageError):
                 bad.append((i, found))
             else:
+                seen.add_pixels(found, images.paths[i])
                 rgb = to_rgb(torch.tensor(found)[None], self.device)
                 statistics.add(self._teacher(good, rgb))
                 good += 1
             if progress is not None:
                 progress("channel statistics", i + 1, len(images))
         images.drop_unreadable(bad)
-        self.detector.set_statistics(*statistics.result())
+        seen.check("they are trained on all the same", alike=False)
+        self.detector.set_statistics(*statistics.of_teacher())
 
     def finish(self, workers: int = 2, progress: Progress | None = None) -> None:
         """What is left to do after the last step: nothing."""
@@ -153,6 +159,7 @@ class Trainer:
         """
         if not self.detector.has_statistics:
             raise ValueError("the channel statistics are not set; call prepare() first")
+        computing()
         s, evaluate_every = self.settings, evaluate_every if evaluate is not None else 0
         self.detector.student.train()
         self.detector.autoencoder.train()

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from efficientad.utils.processes import fresh_lock_after_fork
+
 FP8 = torch.float8_e4m3fn
 DTYPES = {
     "float32": torch.float32,
@@ -83,6 +85,9 @@ class _Precision:
                 getattr(cudnn, name).fp32_precision = before
 
 
+fresh_lock_after_fork(_Precision)
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """float32 convolutions on CUDA with all their digits: cuDNN rounds operands to TF32 (10 bits of
@@ -108,6 +113,11 @@ def cpu_multiplies_bfloat16() -> bool:
     if torch.backends.cpu.get_cpu_capability() in ("SVE256", "SVE128"):
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return cpu_has("_is_avx512_bf16_supported") or cpu_has("_is_amx_tile_supported")
+
+
+def cpu_convolves_bfloat16() -> bool:
+    """Whether torch's convolutions in it are oneDNN's, on this processor; others take seconds."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def cpu_has(probe: str) -> bool:

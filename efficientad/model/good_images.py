@@ -1,0 +1,122 @@
+"""Good images that say nothing, or that are unlike all others: refused, or left out and named.
+
+One black frame among a few good ones would set a scale on which every part is an anomaly. So images
+of one colour never count; where they are more than a few, nothing is calibrated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from efficientad.data.images import Batch
+from efficientad.utils.files import plain_text
+
+FLAT_LEVELS = 2  # of 255: an image with no larger range in any channel shows nothing
+MOST_FLAT = 0.1  # share of the good images
+_LISTED = 5  # names in a message
+# Of a normal distribution's deviation; good images' scores have longer tails than that.
+_ODD_DEVIATIONS = 10.0
+_FEWEST_FOR_ODD = 8
+
+
+class GoodImageWarning(UserWarning):
+    """Some good images were left out, or look as if they were not good."""
+
+
+class GoodImagesSeen:
+    """Counts good images as they are read and finds those of one colour.
+
+    Args:
+        what: the images are for, as in "the threshold".
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self.count = 0
+        self.flat: list[str] = []
+        self._contents: set[bytes] = set()
+
+    def add(self, batch: Batch) -> Tensor:
+        """Which images of a batch show something, as a mask (N,)."""
+        pixels = batch.images.flatten(2)
+        levels = (pixels.amax(2) - pixels.amin(2)).amax(1) * 255
+        shows = levels > FLAT_LEVELS + 0.5  # rounding of the division by 255
+        for image, source, good in zip(batch.images, batch.sources, shows.tolist(), strict=True):
+            self._contents.add(hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest())
+            self._count(source, good)
+        return shows
+
+    def add_pixels(self, image: np.ndarray, source: object) -> None:
+        """One image (H, W, C), uint8."""
+        self._contents.add(hashlib.blake2b(image.tobytes(), digest_size=16).digest())
+        self._count(source, bool(np.ptp(image, axis=(0, 1)).max() > FLAT_LEVELS))
+
+    def _count(self, source: object, good: bool) -> None:
+        self.count += 1
+        if not good:
+            self.flat.append(plain_text(source))
+
+    def check(self, done: str, *, alike: bool = True) -> None:
+        """Warn of images of one colour.
+
+        Args:
+            done: what becomes of them, as in "they are left out".
+            alike: whether the same pixels in all images are an error, too.
+
+        Raises:
+            ValueError: too many of them, or one image again and again.
+        """
+        share = len(self.flat) / max(self.count, 1)
+        of_all = f"{len(self.flat)} of {self.count} good images for {self._what} ({share:.0%})"
+        if share > MOST_FLAT:
+            raise ValueError(
+                f"{of_all} are of one colour and say nothing about good parts "
+                f"({listed(self.flat)}); leave them out, at most {MOST_FLAT:.0%} may be like that"
+            )
+        if alike and self.count > 1 and len(self._contents) == 1:
+            raise ValueError(
+                f"all {self.count} good images for {self._what} have the same pixels; how good "
+                "parts differ does not follow from one picture: give different ones"
+            )
+        if self.flat:
+            warnings.warn(
+                f"{of_all} are of one colour, and {done}: {listed(self.flat)}",
+                GoodImageWarning,
+                stacklevel=2,
+            )
+
+
+def odd_images(sources: Sequence[object], scores: Sequence[float]) -> list[str]:
+    """Names of good images whose scores lie far above all others'; none of fewer than eight."""
+    values = np.asarray(scores, np.float64)
+    if len(values) < _FEWEST_FOR_ODD:
+        return []
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    far = values > middle + _ODD_DEVIATIONS * max((high - low) / 1.349, 1e-6 * abs(middle))
+    return [plain_text(source) for source, odd in zip(sources, far.tolist(), strict=True) if odd]
+
+
+def warn_of_odd(sources: Sequence[object], scores: Sequence[float]) -> list[str]:
+    """`odd_images`, with a warning that names them."""
+    odd = odd_images(sources, scores)
+    if odd:
+        warnings.warn(
+            f"{len(odd)} of {len(scores)} good images score far above the others, whose median is "
+            f"{np.median(np.asarray(scores)):.3g} ({listed(odd)}; the highest score is "
+            f"{max(scores):.3g}): if that is no good part, leave it out and calibrate again, the "
+            "threshold rests on it",
+            GoodImageWarning,
+            stacklevel=3,
+        )
+    return odd
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
