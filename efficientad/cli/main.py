@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"efficientad {options.command}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt as stop:
-        print(f"efficientad {options.command}: {stop or 'stopped'}", file=sys.stderr)
+        print(f"efficientad {options.command}: {str(stop) or 'stopped'}", file=sys.stderr)
         return EXIT_STOPPED
 
 
