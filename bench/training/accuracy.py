@@ -44,23 +44,29 @@ _AWAY = 1e6  # q_b - q_a at which a map no longer counts beside the other
 
 
 def figures(detector: EfficientAD, dataset: DataSet, raws: Iterable[RawMaps]) -> Areas:
-    """Image AU-ROC, pixel AU-ROC and AU-PRO of raw test maps under the detector's quantiles."""
-    labels, scores, pixels = [], [], PixelMetrics()
+    """Image AU-ROC, pixel AU-ROC and AU-PRO of raw test maps under the detector's quantiles.
+
+    The last two are None without masks.
+    """
+    labels, scores, pixels = [], [], PixelMetrics() if dataset.has_masks else None
     for raw in raws:
         sample = dataset.test[raw.index]
         labels.append(sample.label)
         scores.append(image_score(detector, raw))
-        pixels.update(
-            sized_map(detector, raw, dataset.mask_size(sample)), dataset.read_mask(sample)
-        )
+        if pixels is not None:
+            sized = sized_map(detector, raw, dataset.mask_size(sample))
+            pixels.update(sized, dataset.read_truth(sample).mask)
     return areas(labels, scores, pixels)
 
 
-def areas(labels: list[int], scores: list[float], pixels: PixelMetrics) -> Areas:
+def areas(labels: list[int], scores: list[float], pixels: PixelMetrics | None) -> Areas:
     """The three figures of a row."""
+    image = image_metrics(labels, scores).au_roc
+    if pixels is None:
+        return {"image_auroc": image, "pixel_auroc": None, "aupro": None}
     pixel = pixels.compute()
     return {
-        "image_auroc": image_metrics(labels, scores).au_roc,
+        "image_auroc": image,
         "pixel_auroc": pixel.au_roc,
         "aupro": pixel.au_pro[PRO_LIMIT],
     }

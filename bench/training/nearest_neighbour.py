@@ -56,13 +56,13 @@ def patch_nearest_neighbour(
     bank: int = BANK,
     seed: int = 0,
 ) -> Areas:
-    """Image AU-ROC, pixel AU-ROC and AU-PRO of patch distances.
+    """Image AU-ROC, pixel AU-ROC and AU-PRO (None without masks) of patch distances.
 
     features_of: images -> features (1, C, h, w) of each, in order.
     """
     train = [sample.path for sample in (*dataset.train, *dataset.validation)]
     known = draw_bank(features_of(train), len(train), bank, seed)
-    labels, scores, pixels = [], [], PixelMetrics()
+    labels, scores, pixels = [], [], PixelMetrics() if dataset.has_masks else None
     found = features_of([sample.path for sample in dataset.test])
     for sample, x in zip(dataset.test, found, strict=True):
         distances = nearest_distance(x[0].flatten(1).T, known).view(1, 1, *x.shape[2:])
@@ -70,7 +70,8 @@ def patch_nearest_neighbour(
         sized = F.interpolate(distances, size=size, mode="bilinear")[0, 0]
         labels.append(sample.label)
         scores.append(float(sized.max()))
-        pixels.update(sized.numpy(), dataset.read_mask(sample))
+        if pixels is not None:
+            pixels.update(sized.numpy(), dataset.read_truth(sample).mask)
     return areas(labels, scores, pixels)
 
 
