@@ -55,7 +55,7 @@ def figures(detector: EfficientAD, dataset: DataSet, raws: Iterable[RawMaps]) ->
         scores.append(image_score(detector, raw))
         if pixels is not None:
             sized = sized_map(detector, raw, dataset.mask_size(sample))
-            pixels.update(sized, dataset.read_truth(sample).mask)
+            pixels.update(sized, dataset.read_mask(sample))
     return areas(labels, scores, pixels)
 
 

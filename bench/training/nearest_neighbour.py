@@ -71,7 +71,7 @@ def patch_nearest_neighbour(
         labels.append(sample.label)
         scores.append(float(sized.max()))
         if pixels is not None:
-            pixels.update(sized.numpy(), dataset.read_truth(sample).mask)
+            pixels.update(sized.numpy(), dataset.read_mask(sample))
     return areas(labels, scores, pixels)
 
 

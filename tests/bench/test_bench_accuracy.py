@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import helpers_training
@@ -134,6 +135,18 @@ def test_measuring_leaves_the_detector_as_it_was(dataset):
     metrics = evaluation.evaluate(detector, dataset).metrics
     assert found["autoencoder alone"]["image_auroc"] == metrics["image AU-ROC"]
     assert found["autoencoder alone"] != found["none"]
+
+
+def test_without_masks_there_are_no_figures_of_the_pixels(dataset):
+    test = tuple(dataclasses.replace(sample, masks=()) for sample in dataset.test)
+    bare = dataclasses.replace(dataset, test=test)
+    detector = helpers_training.thin_detector()
+    detector.set_statistics(torch.zeros(384), torch.ones(384))
+    detector.set_quantiles(0.2, 0.5, 0.1, 0.4)
+    found = accuracy.measure(detector, bare)["quantiles"]
+    assert found["image_auroc"] == accuracy.measure(detector, dataset)["quantiles"]["image_auroc"]
+    assert found["pixel_auroc"] is None
+    assert found["aupro"] is None
 
 
 def test_rows_are_replaced_by_kind_and_name(tmp_path):
