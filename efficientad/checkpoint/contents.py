@@ -43,6 +43,7 @@ class Contents:
     threshold: float | None = None
     normalization: tuple[Tensor, Tensor] | None = None
     provenance: dict[str, object] = field(default_factory=dict)
+    value_range: tuple[float, float] | None = None
 
 
 @functools.cache
@@ -111,6 +112,7 @@ def build_detector(contents: Contents) -> EfficientAD:
         raise CheckpointError(str(error)) from error
     detector.threshold = contents.threshold if detector.calibrated else None
     detector.provenance = contents.provenance
+    detector.value_range = contents.value_range
     return detector
 
 

@@ -135,8 +135,16 @@ def metadata(detector: EfficientAD, image_size: tuple[int, int]) -> dict[str, st
         "image_width": str(image_size[1]),
         "threshold": "" if detector.threshold is None else repr(float(detector.threshold)),
         "input": "image: (N, 3, H, W), RGB float32 in 0..1",
+        **_range_fact(detector.value_range),
         **({} if license is None else {"teacher_license": str(license)}),
     }
+
+
+def _range_fact(value_range: tuple[float, float] | None) -> dict[str, str]:
+    """Which numbers of a frame above 8 bits are 0 and 1 of the input, if the detector says so."""
+    if value_range is None:
+        return {}
+    return {"value_range": " ".join(f"{value:g}" for value in value_range)}
 
 
 class _Wrapped(nn.Module):

@@ -24,6 +24,7 @@ from efficientad.checkpoint.contents import Contents, build_detector, check_weig
 from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor, reading
 from efficientad.model.detector import EfficientAD
 from efficientad.model.synthetic import golden_image
+from efficientad.utils.checks import check_value_range
 from efficientad.utils.files import replace_file
 from efficientad.utils.processes import computing
 
@@ -70,6 +71,7 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         "score_size": detector.score_size,
         "threshold": None if detector.threshold is None else float(detector.threshold),
         "has_statistics": detector.has_statistics,
+        "value_range": check_value_range(detector.value_range),
     }
     lazy = {name: LazyTensor.of(value) for name, value in tensors.items()}
     golden = golden_values(build_detector(_contents(config, {}, lazy)))
@@ -216,6 +218,10 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
         raise CheckpointError(f"threshold is {threshold!r}; expected a finite number or null")
     if not isinstance(provenance, dict):
         raise CheckpointError("provenance is not a JSON object")
+    try:
+        value_range = check_value_range(config.get("value_range"))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     return Contents(
         config["size"],
         {name: value for name, value in tensors.items() if name not in _BUFFERS},
@@ -231,4 +237,5 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
         threshold=threshold,
         normalization=(values["image_mean"], values["image_std"]),
         provenance=provenance,
+        value_range=value_range,
     )

@@ -79,6 +79,31 @@ def add_layout(command: argparse.ArgumentParser) -> None:
     command.add_argument("--category", help="object of a VisA or multi-object folder")
 
 
+def add_value_range(command: argparse.ArgumentParser) -> None:
+    """Add --max-value and --value-range, which `value_range_of` reads."""
+    command.add_argument(
+        "--max-value",
+        type=float,
+        metavar="N",
+        help="largest value of a camera of more than 8 bits, 4095 of one of 12 bits in files of "
+        "16; kept in the detector (default: the range of the type)",
+    )
+    command.add_argument(
+        "--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the same with a lowest"
+    )
+
+
+def value_range_of(options: argparse.Namespace) -> tuple[float, float] | None:
+    """The value range that the options name, None for none. UsageError for both, ValueError."""
+    from efficientad.utils.checks import check_value_range
+
+    if options.max_value is not None and options.value_range is not None:
+        raise UsageError("--max-value and --value-range say the same; leave one out")
+    if options.max_value is not None:
+        return check_value_range((0.0, options.max_value))
+    return check_value_range(options.value_range)
+
+
 def load_detector(path: str, device: str) -> EfficientAD:
     from efficientad.checkpoint.loading import load
     from efficientad.utils.devices import choose_device

@@ -12,6 +12,7 @@ from efficientad.cli.common import (
     add_arithmetic,
     add_layout,
     add_running,
+    add_value_range,
     build_predictor,
     check_arithmetic,
     check_running,
@@ -23,6 +24,7 @@ from efficientad.cli.common import (
     progress_bars,
     refuse_overwrite,
     require_calibration,
+    value_range_of,
 )
 
 
@@ -44,6 +46,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 def run_evaluate(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from efficientad.data.layouts import open_dataset
+    from efficientad.data.remarks import picture_notes
     from efficientad.evaluation.evaluation import evaluate
 
     check_running(options)
@@ -51,6 +54,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     dataset = open_dataset(options.data, options.layout, options.category)
     detector = load_detector(options.model, options.device)
     require_calibration(detector)
+    print_notes(picture_notes([sample.path for sample in dataset.test], detector.value_range))
     predictor = None if options.reference else build_predictor(detector, options)
     with progress_bars() as progress:
         result = evaluate(
@@ -93,6 +97,7 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         default="auto",
         help="teacher channel statistics; auto computes them only if the model has none",
     )
+    add_value_range(command)
     command.add_argument("--border", choices=("nelson", "anomalib", "paper"))
     command.add_argument("--map-padding", type=int, metavar="CELLS")
     add_layout(command)
@@ -105,21 +110,28 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from efficientad.checkpoint.native_file import save
     from efficientad.data.image_files import left_out
     from efficientad.data.layouts import open_dataset
+    from efficientad.data.remarks import picture_notes
+    from efficientad.model.calibration import GoodImages, split_good_images
 
     check_running(options)
     out = options.out or Path(options.model).with_suffix(".safetensors")
     refuse_overwrite(out, options.force, but=Path(options.model))
-    good = options.good_images
-    if len(good) == 1 and Path(good[0]).is_dir():
-        good = open_dataset(Path(good[0]), options.layout, options.category)
+    value_range = value_range_of(options)
+    named = options.good_images
+    good: GoodImages = named
+    if len(named) == 1 and Path(named[0]).is_dir():
+        good = open_dataset(Path(named[0]), options.layout, options.category)
         print_notes(good.notes)
     elif options.layout != "auto" or options.category:
         raise UsageError("--layout and --category go with one folder, not with a list of images")
     else:
-        print_notes(left_out(good))
+        print_notes(left_out(named))
     detector = load_detector(options.model, options.device)
     if options.border is not None or options.map_padding is not None:
         detector.set_map_rule(options.border, options.map_padding)
+    if value_range is not None:
+        detector.value_range = value_range
+    print_notes(picture_notes(split_good_images(good, False)[1], detector.value_range))
     failed: list[tuple[str, str]] = []
     with progress_bars() as progress:
         calibrate(

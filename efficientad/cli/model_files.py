@@ -130,6 +130,7 @@ def describe(path: str) -> dict[str, Any]:
         "quantiles": [round(q, 6) for q in detector.quantiles.tolist()]
         if detector.calibrated
         else "not set",
+        "value range": detector.value_range or "of the type of its samples",
         "threshold": detector.threshold if detector.threshold is not None else "not set",
     }
     if detector.calibrated:

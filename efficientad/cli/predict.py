@@ -65,6 +65,7 @@ def run_predict(options: argparse.Namespace) -> int:
     """Score images, write overlays, maps and a report; returns the exit code."""
     from efficientad.data.decoding import ImageError, read_image
     from efficientad.data.image_files import left_out
+    from efficientad.data.remarks import picture_notes
     from efficientad.results.output_folder import ResultFolder, output_names
     from efficientad.utils.files import plain_text
 
@@ -79,7 +80,7 @@ def run_predict(options: argparse.Namespace) -> int:
             "--fail-on-anomaly needs a threshold and the detector has none; give --threshold, or "
             f"run `efficientad calibrate {options.model} GOOD_IMAGES`"
         )
-    unread = left_out(options.images)
+    unread = [*left_out(options.images), *picture_notes(paths, detector.value_range)]
     print_notes(unread)
     notes = [*_notes(options, detector), *unread]
     run = _prepare(detector, options)  # the detector may lie on a GPU now
@@ -98,7 +99,11 @@ def run_predict(options: argparse.Namespace) -> int:
             ):
                 path = paths[prediction.index]
                 try:
-                    image = prediction.image if prediction.image is not None else read_image(path)
+                    image = (
+                        prediction.image
+                        if prediction.image is not None
+                        else read_image(path, detector.value_range)
+                    )
                 except (ImageError, OSError) as error:
                     folder.fail(path, f"scored, but not readable again: {error}")
                     continue
@@ -210,11 +215,11 @@ def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:
 def _in_tiles(
     predictor: FastPredictor, paths: list[Path], overlap: int, on_error: OnError
 ) -> Iterator[Prediction]:
-    from efficientad.data.decoding import ImageError, read_image
+    from efficientad.data.decoding import ImageError
 
     for index, path in enumerate(paths):
         try:
-            prediction = predictor.predict_large(read_image(path), overlap=overlap).cpu()
+            prediction = predictor.predict_large(path, overlap=overlap).cpu()
         except ImageError as error:
             on_error(index, path, error)
             continue

@@ -16,9 +16,11 @@ from typing import Any
 from efficientad.cli.common import (
     EXIT_STOPPED,
     Bars,
+    add_value_range,
     print_notes,
     print_threshold_doubt,
     progress_bars,
+    value_range_of,
 )
 
 
@@ -71,6 +73,7 @@ def add_train(commands: Any) -> None:
         help="start the student's inner layers from the teacher's: for short trainings",
     )
     add("--fpr", type=float, default=0.01, help="share of held-out images above the threshold")
+    add_value_range(command)
     add("--seed", type=int, default=42)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -88,6 +91,7 @@ def run_train(options: argparse.Namespace) -> int:
     from efficientad.checkpoint.teachers import teacher_license
     from efficientad.data.image_files import left_out
     from efficientad.data.layouts import open_dataset
+    from efficientad.data.remarks import ValueRangeWarning, picture_notes
     from efficientad.training.fitting import fit
     from efficientad.training.schedules import ASKED, SETTINGS, choose_schedule
     from efficientad.training.settings import PenaltyWarning, TrainingStopped, state_beside
@@ -97,12 +101,14 @@ def run_train(options: argparse.Namespace) -> int:
             f"{options.out} exists; give --resume to continue its training, --force to replace it, "
             "or another name"
         )
+    value_range = value_range_of(options)
     dataset = open_dataset(options.data, options.layout, options.category)
     print(
         f"{dataset.name}: {len(dataset.train)} good images to train on, "
         f"{len(dataset.validation)} held out for validation, {len(dataset.test)} for tests"
     )
     print_notes(dataset.notes)
+    print_notes(picture_notes([sample.path for sample in dataset.train], value_range))
     schedule, _ = choose_schedule(
         options.schedule, options.device, {name: getattr(options, name) for name in ASKED}
     )
@@ -121,6 +127,7 @@ def run_train(options: argparse.Namespace) -> int:
         print(f"no state in {checkpoint}: the training starts anew")
     with warnings.catch_warnings(), progress_bars(lines=True) as bars:
         warnings.simplefilter("ignore", PenaltyWarning)
+        warnings.simplefilter("ignore", ValueRangeWarning)
         try:
             detector = fit(
                 dataset,
@@ -139,6 +146,7 @@ def run_train(options: argparse.Namespace) -> int:
                 hard_quantile=options.hard_quantile,
                 warm_start=options.warm_start,
                 false_positive_rate=options.fpr,
+                value_range=value_range,
                 device=options.device,
                 dtype=options.dtype,
                 workers=options.workers,

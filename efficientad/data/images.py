@@ -15,6 +15,7 @@ from torch import Tensor
 
 from efficientad.data.decoding import ImageError, read_image
 from efficientad.data.image_files import find_images, left_out
+from efficientad.utils.checks import ValueRange
 from efficientad.utils.prefetch import ahead
 
 _Loaded = tuple[np.ndarray, tuple[int, int]] | ImageError  # resized pixels, (height, width) before
@@ -93,6 +94,7 @@ def load_batches(
     batch_size: int = 8,
     workers: int = 2,
     on_error: Callable[[int, Any, ImageError], None] | None = None,
+    value_range: ValueRange | None = None,
 ) -> Iterator[Batch]:
     """Read, resize and batch images, decoding ahead in threads.
 
@@ -100,6 +102,8 @@ def load_batches(
     (height, width) of the batches. workers: threads; 0 decodes in the caller. The order is that of
     the sources and the result does not depend on `workers`. At most batch_size + 2 workers images
     are held.
+
+    value_range: of samples above 8 bits, as `read_image` takes it.
 
     An image that cannot be read is skipped after on_error(index, source, error); without on_error
     its ImageError is raised (a missing file counts as unreadable here). Closing the iterator stops
@@ -111,7 +115,7 @@ def load_batches(
     def load(numbered: tuple[int, Any]) -> tuple[int, Any, _Loaded]:
         index, source = numbered
         try:
-            image = read_image(source)
+            image = read_image(source, value_range)
         except ImageError as error:
             return index, source, error
         return index, source, (resize_image(image, image_size), image.shape[:2])

@@ -25,6 +25,10 @@ _KINDS = {
 }
 
 
+class ValueRangeWarning(UserWarning):
+    """Pictures use a small part of the range of their type, and no value range is set."""
+
+
 def picture_notes(paths: Sequence[Path], value_range: ValueRange | None = None) -> list[str]:
     """Sentences about pictures of which more than one reading is possible, naming the files.
 

@@ -201,7 +201,7 @@ class _Run:
                 Prediction(raw.index, score, detector.threshold, own_size, raw.source_size),
                 sample.path,
                 self._names[raw.index],
-                image=read_image(sample.path),
+                image=read_image(sample.path, detector.value_range),
                 label=sample.label,
                 defect=sample.defect,
             )

@@ -112,7 +112,12 @@ def build_fp8(
     paths = _good_images(calibration)
 
     def batches() -> Iterator[Batch]:
-        return load_batches(paths, detector.image_size, batch_size=min(_BATCH, max(buckets)))
+        return load_batches(
+            paths,
+            detector.image_size,
+            batch_size=min(_BATCH, max(buckets)),
+            value_range=detector.value_range,
+        )
 
     with ExitStack() as stack:
         maps, fp8_maps = (

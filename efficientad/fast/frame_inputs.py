@@ -11,6 +11,7 @@ from torch import Tensor
 
 from efficientad.data.decoding import ImageError, read_image, source_name
 from efficientad.results.prediction import Prediction
+from efficientad.utils.checks import ValueRange
 
 Frame = np.ndarray | Tensor  # uint8 (H, W, 3): an array on the host, a tensor on a CUDA device
 
@@ -24,6 +25,7 @@ class FramePredictor(Protocol):
     padding: bool
     map_padding: int
     threshold: float | None
+    value_range: ValueRange | None
 
     def predict_frames(
         self, frames: Sequence[Frame], *, map_size: str | None, batched: bool
@@ -56,13 +58,13 @@ def as_batch(source: Any) -> tuple[list[Any], bool]:
     return frames, True
 
 
-def read_frame(source: Any) -> Frame:
+def read_frame(source: Any, value_range: ValueRange | None = None) -> Frame:
     """One frame as uint8 (H, W, 3) RGB.
 
     Host sources and their rules are those of `decoding.read_image`: grey is repeated, 16 bit is
-    scaled from 0..65535, alpha is dropped. An array whose pixels are contiguous is not copied,
-    whatever its row pitch. A CUDA tensor stays on its device and must be uint8 (H, W), (H, W, 1),
-    (H, W, 3) or (H, W, 4).
+    scaled from 0..65535 or value_range, alpha is dropped. An array whose pixels are contiguous is
+    not copied, whatever its row pitch. A CUDA tensor stays on its device and must be uint8 (H, W),
+    (H, W, 1), (H, W, 3) or (H, W, 4).
 
     Raises:
         ImageError: whatever cannot be read as a frame; a missing file, too.
@@ -74,7 +76,7 @@ def read_frame(source: Any) -> Frame:
     if isinstance(source, np.ndarray) and _is_plain(source):
         return source
     try:
-        return read_image(source)
+        return read_image(source, value_range)
     except TypeError as error:
         raise ImageError(source_name(source), str(error)) from error
 
@@ -106,12 +108,12 @@ def _device_frame(frame: Tensor) -> Tensor:
     return frame.expand(-1, -1, 3) if channels == 1 else frame[..., :3]
 
 
-def read_frames(sources: Iterable[Any]) -> list[Frame]:
+def read_frames(sources: Iterable[Any], value_range: ValueRange | None = None) -> list[Frame]:
     """Every frame of a batch; an error names the place in the batch."""
     frames = []
     for i, source in enumerate(sources):
         try:
-            frames.append(read_frame(source))
+            frames.append(read_frame(source, value_range))
         except ImageError as error:
             raise ImageError(f"frame {i} ({error.name})", error.reason) from error
     return frames

@@ -117,6 +117,7 @@ class FastPredictor:
         self.image_size = detector.image_size
         self.map_padding = detector.map_padding
         self.score_size = detector.score_size
+        self.value_range = detector.value_range
         self._frames = 0
         self._not_numbers: set[int] = set()
         self._options = {
@@ -187,7 +188,9 @@ class FastPredictor:
         map_size = self.map_size if map_size == "default" else map_size
         check_map_size(map_size, MAP_SIZES)
         sources, batched = as_batch(source)
-        return self.predict_frames(read_frames(sources), map_size=map_size, batched=batched)
+        return self.predict_frames(
+            read_frames(sources, self.value_range), map_size=map_size, batched=batched
+        )
 
     @torch.no_grad()
     def predict_frames(
@@ -264,7 +267,7 @@ class FastPredictor:
 
         def read(numbered: tuple[int, Any]) -> tuple[int, Any, Frame | ImageError]:
             try:
-                return *numbered, read_frame(numbered[1])
+                return *numbered, read_frame(numbered[1], self.value_range)
             except ImageError as error:
                 return *numbered, error
 
@@ -299,9 +302,9 @@ class FastPredictor:
         check_detector(detector)
         if not detector.calibrated:
             detector.raise_uncalibrated()
-        rule = ("size, padding", "image_size", "map_padding", "score_size")
+        rule = ("size, padding", "image_size", "map_padding", "score_size", "value_range")
         mine, theirs = (
-            ((d.size, d.padding), d.image_size, d.map_padding, d.score_size)
+            ((d.size, d.padding), d.image_size, d.map_padding, d.score_size, d.value_range)
             for d in (self, detector)
         )
         for name, a, b in zip(rule, mine, theirs, strict=True):

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def stream(
 
 def _stream(predictor, sources, policy, map_size, workers, on_error) -> Iterator[Prediction]:
     depth = 2 * workers + predictor.batch_sizes[-1]
-    feed = _Feed(sources, policy, workers, depth, _reading_stream(predictor))
+    read = partial(read_frame, value_range=predictor.value_range)
+    feed = _Feed(sources, policy, workers, depth, _reading_stream(predictor), read)
     try:
         for loaded in feed.batches(predictor.batch_sizes[-1]):
             good: list[tuple[int, Frame]] = []
@@ -110,8 +112,9 @@ class _Feed:
         workers: int,
         depth: int,
         reading: contextlib.AbstractContextManager,
+        read: Callable[[Any], Frame],
     ) -> None:
-        self._reading = reading
+        self._reading, self._read_frame = reading, read
         self._latest = policy == "latest"
         self._queue: queue.Queue = queue.Queue(1 if self._latest else depth)
         self._closed = threading.Event()
@@ -152,7 +155,7 @@ class _Feed:
                 for index, source in enumerate(sources):
                     if self._closed.is_set():
                         return
-                    self._put((index, source, self._pool.submit(read_frame, source)))
+                    self._put((index, source, self._pool.submit(self._read_frame, source)))
         except BaseException as raised:  # it belongs to whoever reads the stream
             error = raised
         if not self._closed.is_set():

@@ -172,7 +172,7 @@ def predict_large(
         ImageError: a frame that cannot be read.
         ValueError: an overlap or a batch out of range, or an image smaller than a tile.
     """
-    frame = read_frame(source)
+    frame = read_frame(source, predictor.value_range)
     size, tile = tuple(frame.shape[:2]), predictor.image_size
     check_tiles(size, tile, overlap)
     if batch is None:

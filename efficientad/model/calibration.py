@@ -194,7 +194,12 @@ def calibrate(
     def batches(paths: list[Path], what: str) -> Iterator[Batch]:
         done = 0
         for batch in load_batches(
-            paths, detector.image_size, batch_size=batch_size, workers=workers, on_error=on_error
+            paths,
+            detector.image_size,
+            batch_size=batch_size,
+            workers=workers,
+            on_error=on_error,
+            value_range=detector.value_range,
         ):
             yield batch
             done += len(batch.indices)

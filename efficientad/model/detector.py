@@ -121,6 +121,7 @@ class EfficientAD(nn.Module):
     teacher_std: Tensor
     quantiles: Tensor
     affine: Tensor
+    value_range: tuple[float, float] | None = None  # of samples above 8 bits: data/samples.py
 
     def __init__(
         self,

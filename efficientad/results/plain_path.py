@@ -45,7 +45,12 @@ def distance_maps(
     device = detector.affine.device
     computing()
     for batch in load_batches(
-        sources, detector.image_size, batch_size=batch_size, workers=workers, on_error=on_error
+        sources,
+        detector.image_size,
+        batch_size=batch_size,
+        workers=workers,
+        on_error=on_error,
+        value_range=detector.value_range,
     ):
         with full_float32():
             st, ae = detector.distance_maps(batch.images.to(device))

@@ -19,6 +19,7 @@ from efficientad.checkpoint.native_file import save
 from efficientad.checkpoint.teachers import teacher_license
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
+from efficientad.data.remarks import ValueRangeWarning, range_notes
 from efficientad.evaluation.evaluation import evaluate as measure
 from efficientad.model.calibration import FALSE_POSITIVE_RATE, Measure, Progress, calibrate
 from efficientad.model.detector import EfficientAD
@@ -43,7 +44,13 @@ from efficientad.training.start import (
     teacher_digest,
 )
 from efficientad.training.trainer import Trainer, write_history
-from efficientad.utils.checks import check_flag, check_integer, check_number, check_path
+from efficientad.utils.checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_path,
+    check_value_range,
+)
 from efficientad.utils.devices import lay_out
 
 CHECKPOINT_EVERY = 1000
@@ -77,6 +84,7 @@ def fit(
     evaluate_every: int = 0,
     log_every: int = 100,
     deterministic: bool = False,
+    value_range: tuple[float, float] | None = None,
     progress: Progress | None = None,
     on_history: Callable[[dict[str, Any]], None] | None = None,
 ) -> EfficientAD:
@@ -108,9 +116,9 @@ def fit(
         resume: True continues from the checkpoint, "auto" does if it is there, False starts anew.
             On a CPU with the same number of threads the result is the same bit for bit.
         force: replace a checkpoint that is there, which is refused otherwise.
-        evaluate_every: steps between evaluations on the test images; 0 for none.
-        log_every: steps between entries of the history.
-        deterministic: the same bits again on a GPU too, slower.
+        evaluate_every, log_every: steps between evaluations on the test images (0: none) and
+            between entries of the history. deterministic: the same bits on a GPU too, slower.
+        value_range: (low, high) of samples above 8 bits, kept in the detector (`data/samples.py`).
         progress: called with (what, done, total). on_history: with every entry of the history.
 
     Returns:
@@ -118,8 +126,7 @@ def fit(
         made from; "teacher_license" is there where the teacher's file names one, the default's too.
 
     Raises:
-        ValueError: bad arguments, fewer than two readable images, none in a folder, none readable
-            of those held out.
+        ValueError: bad arguments, too few images, none that can be read of those held out.
         TrainingError: a loss that is not finite, or a checkpoint of another training.
         FileNotFoundError: data, photos, teacher or a checkpoint to resume that do not exist.
         FileExistsError: a checkpoint is there, and neither `resume` nor `force` is given.
@@ -140,7 +147,7 @@ def fit(
         settings, device, schedule=schedule, out=out, checkpoint=checkpoint, resume=resume,
         size=size, padding=padding, image_size=image_size, teacher=teacher, penalty=penalty,
         warm_start=warm_start, false_positive_rate=false_positive_rate, workers=workers,
-        checkpoint_every=checkpoint_every, evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, value_range=value_range,
         deterministic=deterministic, progress=progress, on_history=on_history,
     ))  # fmt: skip
     parts = _prepare(task, dataset)
@@ -171,6 +178,7 @@ class _Task:
     checkpoint_every: int
     evaluate_every: int
     deterministic: bool
+    value_range: tuple[float, float] | None
     progress: Progress | None
     on_history: Callable[[dict[str, Any]], None] | None
 
@@ -214,7 +222,8 @@ def _check(data: DataSet | str | os.PathLike, force: bool, task: _Task) -> tuple
         task.out, task.checkpoint, task.resume, force, stateless=task.schedule == "instant"
     )
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
-    check_data(dataset, task.evaluate_every)
+    task = replace(task, value_range=check_value_range(task.value_range))
+    check_data(dataset, task.evaluate_every, task.value_range)
     return replace(task, out=out, checkpoint=checkpoint, resume=resume), dataset
 
 
@@ -222,6 +231,10 @@ def _prepare(task: _Task, dataset: DataSet) -> _Parts:
     """The detector on its device, and the source of its pictures."""
     seed = task.settings.seed
     detector = new_detector(task.size, task.padding, task.image_size, seed, task.teacher)
+    detector.value_range = task.value_range
+    paths = [sample.path for sample in dataset.train]
+    for note in range_notes(paths, task.value_range):
+        warnings.warn(note, ValueRangeWarning, stacklevel=3)
     license = teacher_license(task.teacher)
     if task.warm_start or task.schedule != "paper":
         start_from_teacher(detector)
@@ -245,9 +258,10 @@ def _prepare(task: _Task, dataset: DataSet) -> _Parts:
         "teacher": teacher_digest(detector.teacher),
         "warm_start": task.warm_start,
         "photos": 0 if photos is None else len(photos),
+        **({} if task.value_range is None else {"value_range": list(task.value_range)}),
     }
     source = PictureSource(
-        TrainingImages([sample.path for sample in dataset.train], detector.image_size),
+        TrainingImages(paths, detector.image_size, value_range=task.value_range),
         photos,
         seed=seed,
         batch_size=task.settings.batch_size,

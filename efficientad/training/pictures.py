@@ -20,6 +20,7 @@ from torch import Tensor
 from efficientad.data.decoding import ImageError, read_image
 from efficientad.data.image_files import find_images
 from efficientad.data.images import resize_image
+from efficientad.utils.checks import ValueRange
 from efficientad.utils.sampling import random_numbers, shuffled
 
 IMAGE_CACHE_BYTES = 2 * 2**30  # of decoded, resized training images, kept in memory
@@ -108,6 +109,7 @@ class TrainingImages:
     Args:
         paths: image files. image_size: (height, width) in pixels.
         budget: bytes of pixels to keep; what does not fit is decoded again each time.
+        value_range: of samples above 8 bits, see `data.samples`.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class TrainingImages:
         paths: Sequence[Path],
         image_size: tuple[int, int],
         budget: int = IMAGE_CACHE_BYTES,
+        value_range: ValueRange | None = None,
     ) -> None:
         self.paths = list(paths)
+        self.value_range = value_range
         self.image_size = image_size
         self.failed: list[tuple[str, str]] = []
         self._room = budget // (3 * image_size[0] * image_size[1])
@@ -130,7 +134,7 @@ class TrainingImages:
         path = self.paths[index]
         found = self._kept.get(path)
         if found is None:
-            found = resize_image(read_image(path), self.image_size)
+            found = resize_image(read_image(path, self.value_range), self.image_size)
             if len(self._kept) < self._room:
                 self._kept[path] = found
         return found

@@ -14,7 +14,7 @@ from efficientad.data.datasets import DataSet
 from efficientad.data.decoding import ImageError, read_image
 from efficientad.model.good_images import GoodImagesSeen
 from efficientad.training.losses import HARD_QUANTILE
-from efficientad.utils.checks import check_integer, check_number, check_writable
+from efficientad.utils.checks import ValueRange, check_integer, check_number, check_writable
 from efficientad.utils.devices import cpu_multiplies_bfloat16
 
 
@@ -117,7 +117,9 @@ def check_files(
     return out, checkpoint, bool(resume)
 
 
-def check_data(dataset: DataSet, evaluate_every: int) -> None:
+def check_data(
+    dataset: DataSet, evaluate_every: int, value_range: ValueRange | None = None
+) -> None:
     """Raise ValueError unless there is something to train on, and something held out that shows a
     part."""
     for part, samples in (("training", dataset.train), ("validation", dataset.validation)):
@@ -135,7 +137,7 @@ def check_data(dataset: DataSet, evaluate_every: int) -> None:
     failed, seen = [], GoodImagesSeen("quantiles and threshold")
     for sample in dataset.validation:
         try:
-            seen.add_pixels(read_image(sample.path), sample.path)
+            seen.add_pixels(read_image(sample.path, value_range), sample.path)
         except ImageError as error:
             failed.append(f"{sample.path}: {error.reason}")
     if seen.count:

@@ -21,6 +21,7 @@ class Stub:
 
     batch_sizes = (1, 4)
     device = torch.device("cpu")
+    value_range = None
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds, self.batches = seconds, []
