@@ -131,7 +131,7 @@ def test_a_folder_in_a_list_is_named(model, folder):
 def test_a_tensor_with_a_gradient_is_a_frame_of_floats(model):
     frame = torch.zeros(4, 5, 3, requires_grad=True)
     for read in (read_frame, lambda frame: list(ead.predict(model, [frame]))):
-        with pytest.raises(ImageError, match="pixels are float32.*only uint8 or uint16 are read"):
+        with pytest.raises(ImageError, match=r"pixels are float32.*only uint8 or uint16 are read"):
             read(frame)
 
 

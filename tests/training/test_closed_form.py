@@ -217,7 +217,7 @@ def test_fit_writes_an_ordinary_detector(folder, tmp_path, recwarn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "quick"}, "schedule is 'quick'; it must be one of paper, instant"),
+        ({"schedule": "quick"}, "schedule is 'quick'; it must be one of paper, short, instant"),
         ({"steps": 10}, "steps is 10; schedule 'instant' takes no gradient step"),
         ({"batch_size": 2}, "batch_size is 2; schedule 'instant'"),
         ({"penalty": "photos"}, "penalty is 'photos'; schedule 'instant'"),
