@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efficientad.data.decoding import ImageError
 from efficientad.model.calibration import ChannelStatistics, Progress
 from efficientad.model.detector import EfficientAD
-from efficientad.model.networks import TEACHER_CHANNELS, same_inner_layers
-from efficientad.training.losses import head, trunk
+from efficientad.model.networks import PDN, TEACHER_CHANNELS, same_inner_layers
+from efficientad.training.losses import teacher_features, trunk
 from efficientad.training.pictures import TrainingImages, to_rgb
-from efficientad.utils.prefetch import ahead
+from efficientad.utils.processes import computing
 from efficientad.utils.sampling import random_numbers
 
 CELLS = 150_000  # sampled in all
@@ -167,7 +166,6 @@ def solve_last_layers(
     *,
     seed: int,
     half: bool = False,
-    keep_first: bool = False,
     cells: int | None = None,
     workers: int = 2,
     progress: Progress | None = None,
@@ -178,72 +176,110 @@ def solve_last_layers(
         detector: with its teacher's weights and the inner layers that it keeps; on a CPU.
         images: good images; unreadable ones are left out.
         half: inner layers in bfloat16, where the processor multiplies it.
-        keep_first: leave the student's first half, which the teacher is compared with, as it is.
         cells: of the distance maps, sampled over all images; None: `CELLS`.
         progress: called with ("closed form", images so far, images in all).
 
     Raises:
-        ValueError: no image can be read.
+        ValueError: no image can be read, too many are of one colour, or they show the teacher
+            nothing.
     """
+    statistics = ChannelStatistics()
+    moments = _moments(detector, images, seed, half, cells, workers, progress, statistics)
+    detector.set_statistics(*statistics.of_teacher())
+    mean, std = (v.double().flatten() for v in (detector.teacher_mean, detector.teacher_std))
+    weight, bias = moments.regress("decoder", "teacher", DECODER_RIDGE)
+    set_filters(detector.autoencoder.decoder.deconv8, weight / std[:, None], (bias - mean) / std)
+    weight, bias = moments.regress("inputs", "teacher", STUDENT_RIDGE)
+    _set_halves(detector, weight / std[:, None], (bias - mean) / std, moments)
+
+
+@torch.no_grad()
+def solve_second_half(
+    detector: EfficientAD,
+    images: TrainingImages,
+    *,
+    seed: int,
+    half: bool = False,
+    cells: int | None = None,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> None:
+    """Set what the autoencoder is compared with anew, on the student's inner layers as they are.
+
+    Everything else stays. Arguments and errors as `solve_last_layers`.
+    """
+    moments = _moments(detector, images, seed, half, cells, workers, progress, None)
+    last = detector.student.last
+    assert last.bias is not None
+    _set_halves(detector, filters(last)[:TEACHER_CHANNELS], last.bias[:TEACHER_CHANNELS], moments)
+
+
+def _moments(
+    detector: EfficientAD,
+    images: TrainingImages,
+    seed: int,
+    half: bool,
+    cells: int | None,
+    workers: int,
+    progress: Progress | None,
+    statistics: ChannelStatistics | None,
+) -> Moments:
+    """Sums over sampled cells: "inputs" of the student's last layer, "decoder" features, "teacher".
+
+    statistics: gets the teacher's features of all images; None: the teacher is not run.
+    """
+    computing()
     cells = CELLS if cells is None else cells
     height, width = detector.feature_size()
     teacher, student, decoder = detector.teacher, detector.student, detector.autoencoder.decoder
     shared = same_inner_layers(teacher, student)
-    statistics = ChannelStatistics()
-    moments = Moments(
-        inputs=math.prod(student.last.weight.shape[1:]),
-        decoder=math.prod(decoder.deconv8.weight.shape[1:]),
-        teacher=TEACHER_CHANNELS,
-    )
-
-    def load(index: int):
-        try:
-            return images[index]
-        except ImageError as error:
-            return error
-
-    bad = []
-    for i, found in enumerate(ahead(load, range(len(images)), workers=workers, depth=4)):
-        if isinstance(found, ImageError):
-            bad.append((i, found))
-        else:
-            image = to_rgb(torch.tensor(found)[None], detector.affine.device)
+    widths = {
+        "inputs": math.prod(student.last.weight.shape[1:]),
+        "decoder": math.prod(decoder.deconv8.weight.shape[1:]),
+    }
+    if statistics is not None:
+        widths["teacher"] = TEACHER_CHANNELS
+    moments = Moments(**widths)
+    count = len(images)
+    for i, found in images.read_all("closed form", workers, progress):
+        image = to_rgb(torch.tensor(found)[None], detector.affine.device)
+        if statistics is not None:
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                features = head(teacher, trunk(teacher, detector.normalize(image)))
+                features = teacher_features(detector, image)
             statistics.add(features.float())
-            for gain, chosen in views(seed, i, len(images), cells, height * width):
-                x = detector.normalize((image * gain).clamp_(0, 1))
-                with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    inner = trunk(teacher, x)
-                    own = inner if shared else trunk(student, x)
-                # Untrained, it hardly answers to its image: bfloat16 would round that away.
-                decoded = decoder.inner(detector.autoencoder.encoder(x), detector.image_size)
-                read = patches(inner.float(), teacher.last, chosen)
-                moments.add(
-                    inputs=patches(own.float(), student.last, chosen),
-                    decoder=patches(decoded, decoder.deconv8, chosen),
-                    teacher=F.linear(read, filters(teacher.last), teacher.last.bias),
-                )
-        if progress is not None:
-            progress("closed form", i + 1, len(images))
-    images.drop_unreadable(bad)
-    detector.set_statistics(*statistics.result())
-    _solve(detector, moments, keep_first)
+        for gain, chosen in views(seed, i, count, cells, height * width):
+            x = detector.normalize((image * gain).clamp_(0, 1))
+            # Untrained, it hardly answers to its image: bfloat16 would round that away.
+            decoded = decoder.inner(detector.autoencoder.encoder(x), detector.image_size)
+            rows = {
+                "inputs": _read_by_last(student, x, chosen, half),
+                "decoder": patches(decoded, decoder.deconv8, chosen),
+            }
+            if statistics is not None:
+                read = rows["inputs"] if shared else _read_by_last(teacher, x, chosen, half)
+                rows["teacher"] = F.linear(read, filters(teacher.last), teacher.last.bias)
+            moments.add(**rows)
+    return moments
 
 
-def _solve(detector: EfficientAD, moments: Moments, keep_first: bool) -> None:
-    mean, std = (v.double().flatten() for v in (detector.teacher_mean, detector.teacher_std))
-    student = detector.student.last
-    if keep_first:
-        assert student.bias is not None
-        first = filters(student)[:TEACHER_CHANNELS], student.bias[:TEACHER_CHANNELS]
-    else:
-        weight, bias = moments.regress("inputs", "teacher", STUDENT_RIDGE)
-        first = weight / std[:, None], (bias - mean) / std
-    weight, bias = moments.regress("decoder", "teacher", DECODER_RIDGE)
-    last = weight / std[:, None], (bias - mean) / std
-    set_filters(detector.autoencoder.decoder.deconv8, *last)
-    # The autoencoder's output is linear in the decoder's features, so predicting these is enough.
-    weight, bias = moments.regress("inputs", "decoder", SECOND_RIDGE)
-    second = last[0] @ weight, last[0] @ bias + last[1]
-    set_filters(student, *map(torch.cat, zip(first, second, strict=True)))
+def _read_by_last(network: PDN, x: Tensor, cells: Tensor, half: bool) -> Tensor:
+    """What a PDN's last layer reads of a normalised image at cells of its output."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        inner = trunk(network, x)
+    return patches(inner.float(), network.last, cells)
+
+
+def _set_halves(detector: EfficientAD, weight: Tensor, bias: Tensor, moments: Moments) -> None:
+    """Set the student's last layer: its first half as given, its second by regression.
+
+    The autoencoder's output is linear in the decoder's features, so predicting these is enough.
+    """
+    last = detector.autoencoder.decoder.deconv8
+    assert last.bias is not None
+    own, own_bias = filters(last).double(), last.bias.double()
+    second, offset = moments.regress("inputs", "decoder", SECOND_RIDGE)
+    set_filters(
+        detector.student.last,
+        torch.cat([weight, own @ second]),
+        torch.cat([bias, own @ offset + own_bias]),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,10 @@ from torch import Tensor
 from efficientad.data.decoding import ImageError, read_image
 from efficientad.data.image_files import find_images
 from efficientad.data.images import resize_image
+from efficientad.model.calibration import Progress
+from efficientad.model.good_images import GoodImagesSeen
 from efficientad.utils.checks import ValueRange
+from efficientad.utils.prefetch import ahead
 from efficientad.utils.sampling import random_numbers, shuffled
 
 IMAGE_CACHE_BYTES = 2 * 2**30  # of decoded, resized training images, kept in memory
@@ -138,6 +141,35 @@ class TrainingImages:
             if len(self._kept) < self._room:
                 self._kept[path] = found
         return found
+
+    def read_all(
+        self, what: str, workers: int = 2, progress: Progress | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, pixels) of every image that can be read; the others are left out at the end.
+
+        what: is done with them, for `progress`.
+
+        Raises:
+            ValueError: at the end; no image can be read, or too many are of one colour.
+        """
+
+        def load(index: int) -> np.ndarray | ImageError:
+            try:
+                return self[index]
+            except ImageError as error:
+                return error
+
+        bad, seen = [], GoodImagesSeen("training")
+        for i, found in enumerate(ahead(load, range(len(self)), workers=workers, depth=4)):
+            if isinstance(found, ImageError):
+                bad.append((i, found))
+            else:
+                seen.add_pixels(found, self.paths[i])
+                yield i, found
+            if progress is not None:
+                progress(what, i + 1, len(self))
+        self.drop_unreadable(bad)
+        seen.check("they are trained on all the same", alike=False)
 
     def drop_unreadable(self, unreadable: Iterable[tuple[int, ImageError]]) -> None:
         """Leave images out; ValueError if none is left."""

@@ -42,7 +42,7 @@ def choose_schedule(
         schedule: its name, or None: "short" on a CPU where neither steps nor anything that only the
             paper's has is given, else "paper".
         device: as for `choose_device`; "auto" is the CPU for all but the paper's.
-        given: the arguments `ASKED` by name; None, False and 0 are not given.
+        given: the arguments `ASKED` by name; None and False are not given.
 
     Raises:
         ValueError: an unknown name, a device or an argument that the schedule has no use for.

@@ -9,13 +9,14 @@ inner layers that came out. The autoencoder stays as it was solved.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from efficientad.model.calibration import Progress
-from efficientad.training.closed_form import GAINS, solve_last_layers
+from efficientad.training.closed_form import GAINS, solve_last_layers, solve_second_half
 from efficientad.training.losses import (
     FIRST,
     StepInputs,
@@ -45,22 +46,19 @@ class ShortTrainer(Trainer):
 
     def prepare(self, workers: int = 2, progress: Progress | None = None) -> None:
         """Channel statistics and the last layers in closed form; leaves out unreadable images."""
-        self._solve(False, workers, progress)
+        solve_last_layers(
+            self.detector, self.source.images, **self._options, workers=workers, progress=progress
+        )
 
     def finish(self, workers: int = 2, progress: Progress | None = None) -> None:
         """What the autoencoder is compared with, on the inner layers as they are now."""
-        self._solve(True, workers, progress)
-
-    def _solve(self, keep_first: bool, workers: int, progress: Progress | None) -> None:
-        solve_last_layers(
-            self.detector,
-            self.source.images,
-            seed=self.settings.seed,
-            half=self.half,
-            keep_first=keep_first,
-            workers=workers,
-            progress=progress,
+        solve_second_half(
+            self.detector, self.source.images, **self._options, workers=workers, progress=progress
         )
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"seed": self.settings.seed, "half": self.half}
 
     def rate(self, step: int) -> float:
         """One cycle: up to the base rate over a tenth of the steps, down to zero as a cosine."""

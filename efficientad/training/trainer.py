@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficientad.data.decoding import ImageError
 from efficientad.model.calibration import ChannelStatistics, Progress
 from efficientad.model.detector import EfficientAD
-from efficientad.model.good_images import GoodImagesSeen
 from efficientad.training.graph_step import GraphStep
 from efficientad.training.losses import (
     TERMS,
@@ -100,29 +98,11 @@ class Trainer:
         Raises:
             ValueError: no image can be read, or too many are of one colour.
         """
-        images = self.source.images
         computing()
-
-        def load(index: int):
-            try:
-                return images[index]
-            except ImageError as error:
-                return error
-
-        statistics, bad, good = ChannelStatistics(), [], 0
-        seen = GoodImagesSeen("training")
-        for i, found in enumerate(ahead(load, range(len(images)), workers=workers, depth=4)):
-            if isinstance(found, ImageError):
-                bad.append((i, found))
-            else:
-                seen.add_pixels(found, images.paths[i])
-                rgb = to_rgb(torch.tensor(found)[None], self.device)
-                statistics.add(self._teacher(good, rgb))
-                good += 1
-            if progress is not None:
-                progress("channel statistics", i + 1, len(images))
-        images.drop_unreadable(bad)
-        seen.check("they are trained on all the same", alike=False)
+        statistics = ChannelStatistics()
+        pictures = self.source.images.read_all("channel statistics", workers, progress)
+        for good, (_, found) in enumerate(pictures):
+            statistics.add(self._teacher(good, to_rgb(torch.tensor(found)[None], self.device)))
         self.detector.set_statistics(*statistics.of_teacher())
 
     def finish(self, workers: int = 2, progress: Progress | None = None) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers_training import thin_detector, write_pictures
+from PIL import Image
 from torch import nn
 
 from efficientad import load
@@ -183,6 +184,14 @@ def test_an_unreadable_image_is_left_out(folder, tmp_path):
     only = TrainingImages([tmp_path / "broken.png"], (256, 256))
     with pytest.raises(ValueError, match=r"none of the 1 training images can be read.*broken\.png"):
         closed_form.solve_last_layers(thin_detector(), only, seed=0, cells=2000)
+
+
+def test_images_of_one_colour_are_refused_as_in_any_training(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (40, 50), (90 + i, 90, 90)).save(tmp_path / f"{i}.png")
+    images = TrainingImages(sorted(tmp_path.iterdir()), (256, 256))
+    with pytest.raises(ValueError, match=r"4 of 4 good images for training .* of one colour"):
+        closed_form.solve_last_layers(thin_detector(), images, seed=0, cells=2000)
 
 
 # ---- fit and the command ---------------------------------------------------------------------
