@@ -9,6 +9,7 @@ from pathlib import Path
 
 from efficientad.data.folder_names import plain_name
 from efficientad.data.image_files import is_image
+from efficientad.utils.files import listed
 from efficientad.utils.folders import files_below, subfolders
 
 MASK_FOLDERS = ("groundtruth", "groundtruths", "masks", "mask", "gt")
@@ -96,9 +97,8 @@ class MaskFiles:
 
     def _names(self, paths: Sequence[Path]) -> str:
         assert self.folder is not None
-        names = [path.relative_to(self.folder).as_posix() for path in paths[:_LISTED]]
-        more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
-        return ", ".join(names) + f"{more}."
+        names = [path.relative_to(self.folder).as_posix() for path in paths]
+        return f"{listed(names, _LISTED)}."
 
 
 def looks_like_mask(path: Path, beside: Sequence[Path]) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from efficientad.data.decoding import ImageError, naming_errors, raw_samples
 from efficientad.data.opening import opened
 from efficientad.utils.checks import ValueRange
+from efficientad.utils.files import listed
 
 _LOOKED_AT = 16  # pictures whose pixels are read for a remark
 _LISTED = 5
@@ -49,7 +50,11 @@ def picture_notes(paths: Sequence[Path], value_range: ValueRange | None = None) 
     for path in _some(clear):
         if _is_clear(path):
             found["alpha"].append(path)
-    notes = [f"{_KINDS[kind]}: {_listed(names)}." for kind, names in found.items() if names]
+    notes = [
+        f"{_KINDS[kind]}: {listed([path.name for path in names], _LISTED)}."
+        for kind, names in found.items()
+        if names
+    ]
     return notes + range_notes(paths, value_range)
 
 
@@ -123,8 +128,3 @@ def _is_clear(path: Path) -> bool:
 def _some(paths: Sequence[Any]) -> list[Any]:
     step = max(1, -(-len(paths) // _LOOKED_AT))
     return list(paths[::step])
-
-
-def _listed(paths: Sequence[Path]) -> str:
-    more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
-    return ", ".join(path.name for path in paths[:_LISTED]) + more

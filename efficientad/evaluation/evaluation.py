@@ -29,7 +29,7 @@ from efficientad.results.plain_path import (
     sized_map,
 )
 from efficientad.results.prediction import Prediction, is_anomalous
-from efficientad.utils.files import plain_text
+from efficientad.utils.files import listed, plain_text
 
 _LISTED = 20  # names in a note
 
@@ -235,7 +235,7 @@ def _missing_masks(dataset: DataSet) -> list[str]:
     names = [f"{sample.defect}/{sample.path.name}" for sample in missing]
     return [
         f"No figures of the pixels: {len(missing)} of {count} defective test images have no mask: "
-        f"{_listed(names)}."
+        f"{listed(names, _LISTED)}."
     ]
 
 
@@ -264,17 +264,12 @@ def _add_pixels(
         part.update(sized, truth.mask)
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
 def _remarks(remarks: dict[str, list[str]]) -> list[str]:
     """A sentence for every kind of remark about masks, with the pictures whose they are."""
     sentences = []
     for kind, sentence in REMARKS.items():
         if names := remarks.get(kind):
-            sentences.append(f"{sentence}: {_listed(names)}.")
+            sentences.append(f"{sentence}: {listed(names, _LISTED)}.")
     return sentences
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from efficientad.data.images import Batch
-from efficientad.utils.files import plain_text
+from efficientad.utils.files import listed, plain_text
 
 FLAT_LEVELS = 2  # of 255: an image with no larger range in any channel shows nothing
 MOST_FLAT = 0.1  # share of the good images
@@ -76,7 +76,8 @@ class GoodImagesSeen:
         if share > MOST_FLAT:
             raise ValueError(
                 f"{of_all} are of one colour and say nothing about good parts "
-                f"({listed(self.flat)}); leave them out, at most {MOST_FLAT:.0%} may be like that"
+                f"({listed(self.flat, _LISTED)}); leave them out, at most {MOST_FLAT:.0%} may be "
+                "like that"
             )
         if alike and self.count > 1 and len(self._contents) == 1:
             raise ValueError(
@@ -85,7 +86,7 @@ class GoodImagesSeen:
             )
         if self.flat:
             warnings.warn(
-                f"{of_all} are of one colour, and {done}: {listed(self.flat)}",
+                f"{of_all} are of one colour, and {done}: {listed(self.flat, _LISTED)}",
                 GoodImageWarning,
                 stacklevel=2,
             )
@@ -107,16 +108,10 @@ def warn_of_odd(sources: Sequence[object], scores: Sequence[float]) -> list[str]
     if odd:
         warnings.warn(
             f"{len(odd)} of {len(scores)} good images score far above the others, whose median is "
-            f"{np.median(np.asarray(scores)):.3g} ({listed(odd)}; the highest score is "
+            f"{np.median(np.asarray(scores)):.3g} ({listed(odd, _LISTED)}; the highest score is "
             f"{max(scores):.3g}): if that is no good part, leave it out and calibrate again, the "
             "threshold rests on it",
             GoodImageWarning,
             stacklevel=3,
         )
     return odd
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -1,11 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and their names in messages."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -40,6 +40,12 @@ def replace_file(
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first `most` names, with commas, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def plain_text(value: object) -> str:
