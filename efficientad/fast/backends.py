@@ -100,10 +100,9 @@ class KernelBackend:
                 join = self._join
                 return distance_maps_in_turn(self.weights, features, decoded, self._kernels, join)
         except BaseException:
-            # Or a capture ends in another error, and buffers are free too early.
-            with suppress(
-                RuntimeError
-            ):  # the capture may be lost already; the cause is what counts
+            # Or a capture ends in another error, and buffers are free too early. It may be lost
+            # already; the cause is what counts.
+            with suppress(RuntimeError):
                 self._join()
             raise
         self._join()

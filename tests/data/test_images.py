@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 import torch
+from helpers_images import encoded, tiff
 from PIL import Image, ImageOps
 
 from efficientad.data.decoding import ImageError, MissingImage, image_size, read_image
@@ -23,18 +23,6 @@ DEEP = RNG.integers(0, 65536, (7, 9), dtype=np.uint16)
 DEEP[0, :4] = (0, 128, 129, 65535)
 DEEP_COLOUR = RNG.integers(0, 65536, (7, 9, 3), dtype=np.uint16)
 ALPHA = RNG.integers(0, 256, (7, 9), dtype=np.uint8)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def tiff(pixels: np.ndarray, **options) -> bytes:
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, pixels, **options)
-    return stream.getvalue()
 
 
 def deep_png(pixels: np.ndarray) -> bytes:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from helpers_images import encoded, tiff
 from PIL import Image, ImageDraw, ImageFilter
 
 from efficientad.data.datasets import DataSet, Sample
@@ -34,48 +34,36 @@ def rgba(colour: np.ndarray, opacity: np.ndarray) -> Image.Image:
     return Image.fromarray(np.dstack([colours, opacity]).astype(np.uint8))
 
 
-def png(image: Image.Image, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG", **options)
-    return stream.getvalue()
-
-
-def tiff(pixels: np.ndarray, **options) -> bytes:
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, pixels, **options)
-    return stream.getvalue()
-
-
 RED = np.where(DEFECT[..., None], (200, 0, 0), (0, 0, 0))
 PLAIN = {
-    "0 and 255": png(Image.fromarray(GREY)),
-    "0 and 1": png(Image.fromarray(DEFECT.astype(np.uint8))),
-    "1 bit": png(Image.fromarray(DEFECT)),
-    "16 bit": png(Image.fromarray(DEFECT.astype(np.uint16) * 1000)),
+    "0 and 255": encoded(Image.fromarray(GREY)),
+    "0 and 1": encoded(Image.fromarray(DEFECT.astype(np.uint8))),
+    "1 bit": encoded(Image.fromarray(DEFECT)),
+    "16 bit": encoded(Image.fromarray(DEFECT.astype(np.uint16) * 1000)),
     "floating point": tiff(DEFECT.astype(np.float32) * 0.25),
-    "red": png(Image.fromarray(RED.astype(np.uint8))),
+    "red": encoded(Image.fromarray(RED.astype(np.uint8))),
     "CMYK": tiff(np.asarray(Image.fromarray(GREY).convert("CMYK")), photometric="separated"),
-    "palette, white first": png(indexed(~DEFECT, [(255, 255, 255), (0, 0, 0)])),
-    "palette, black at 7": png(
+    "palette, white first": encoded(indexed(~DEFECT, [(255, 255, 255), (0, 0, 0)])),
+    "palette, black at 7": encoded(
         indexed(np.where(DEFECT, 3, 7), [(9, 0, 0)] * 3 + [(0, 90, 0)] + [(0, 0, 0)] * 4)
     ),
-    "palette made by Pillow": png(Image.fromarray(GREY).convert("RGB").quantize(2)),
-    "palette with transparent black": png(
+    "palette made by Pillow": encoded(Image.fromarray(GREY).convert("RGB").quantize(2)),
+    "palette with transparent black": encoded(
         indexed(DEFECT, [(0, 0, 0), (255, 255, 255)]), transparency=bytes([0, 255])
     ),
-    "palette, all black, one transparent": png(
+    "palette, all black, one transparent": encoded(
         indexed(DEFECT, [(0, 0, 0), (0, 0, 0)]), transparency=bytes([0, 255])
     ),
-    "black, in alpha only": png(rgba(np.zeros(3), GREY)),
-    "white on transparent": png(rgba(np.full(3, 255), GREY)),
-    "black on transparent white": png(rgba(np.where(GREY[..., None], 0, 255), GREY)),
-    "red on black, opaque": png(rgba(RED, np.full_like(GREY, 255))),
-    "white on black, all transparent": png(rgba(GREY[..., None], np.zeros_like(GREY))),
-    "white and grey on half transparent black": png(
+    "black, in alpha only": encoded(rgba(np.zeros(3), GREY)),
+    "white on transparent": encoded(rgba(np.full(3, 255), GREY)),
+    "black on transparent white": encoded(rgba(np.where(GREY[..., None], 0, 255), GREY)),
+    "red on black, opaque": encoded(rgba(RED, np.full_like(GREY, 255))),
+    "white on black, all transparent": encoded(rgba(GREY[..., None], np.zeros_like(GREY))),
+    "white and grey on half transparent black": encoded(
         rgba(GREY[..., None], np.where(DEFECT, 255, 100))
     ),
-    "grey with alpha": png(Image.fromarray(np.dstack([GREY * 0, GREY]), "LA")),
-    "colour key": png(Image.fromarray(GREY), transparency=0),
+    "grey with alpha": encoded(Image.fromarray(np.dstack([GREY * 0, GREY]), "LA")),
+    "colour key": encoded(Image.fromarray(GREY), transparency=0),
 }
 
 

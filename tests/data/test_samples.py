@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import tracemalloc
 import zlib
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
+from helpers_images import encoded, tiff
 from PIL import Image, ImageCms
 
 from efficientad.data.decoding import ImageError, read_image
@@ -23,18 +22,6 @@ LEVELS[0, :2] = 0, 255
 COLOURS = RNG.integers(0, 256, (9, 11, 3), dtype=np.uint8)
 TWELVE = np.round(LEVELS * (4095 / 255)).astype(np.uint16)
 TWELVE_COLOURS = np.round(COLOURS * (4095 / 255)).astype(np.uint16)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def tiff(pixels: np.ndarray, **options) -> bytes:
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, pixels, **options)
-    return stream.getvalue()
 
 
 def colour_png(pixels: np.ndarray) -> bytes:
