@@ -11,6 +11,7 @@ import numpy as np
 
 from efficientad.data.opening import opened, unknown
 from efficientad.data.pillow_modes import pillow_levels
+from efficientad.data.profiles import apply_profile
 from efficientad.data.samples import levels_of
 from efficientad.utils.checks import ValueRange
 
@@ -45,9 +46,8 @@ def read_image(source: Any, value_range: ValueRange | None = None) -> np.ndarray
     - Grey is repeated to three channels. Palettes are looked up.
     - Colour PNG of 16 bits gives its high bytes where there is no value range: up to one level off.
     - Alpha is dropped: the colours are those stored in the file, not composed on any background.
-    - CMYK with a colour profile and Lab become sRGB; CMYK without one is converted as Pillow does,
-      and so are YCbCr and HSV. The profiles of RGB and grey images are not applied: their numbers
-      are taken as they are, in training and in use alike.
+    - Colour profiles are applied: the result is sRGB, by the rules of `efficientad.data.profiles`.
+      CMYK without a profile is converted as Pillow does, and so are YCbCr and HSV.
     - An EXIF or TIFF orientation is applied, as viewers do.
     - Of several frames or pages the first is read.
 
@@ -74,6 +74,7 @@ def read_image(source: Any, value_range: ValueRange | None = None) -> np.ndarray
             del deep
         else:
             levels = pillow_levels(image, value_range)
+        apply_profile(levels, image)
         return oriented(levels, orientation_of(image))
 
 
@@ -190,11 +191,16 @@ def _deep_tiff(image: Any, stream: Any) -> Deep | None:
         return None
     tags = image.tag_v2
     bits, samples = tags.get(_BITS, (1,))[0], tags.get(_SAMPLES, 1)
+    space = tags.get(_PHOTOMETRIC, 1)
     if samples > 4:
         raise ValueError(f"{samples} channels; up to 4 are known")
     unsigned = tags.get(_SAMPLE_FORMAT, (1,))[0] in (1, 4)  # 4: not said
     if bits <= 8 and unsigned:
         return None
+    if space not in (0, 1, 2):  # neither grey nor RGB
+        if bits == 16 and unsigned and image.mode in ("CMYK", "LAB"):
+            return None
+        raise ValueError(f"samples of {bits} bits in the colour space of number {space}")
     import tifffile
 
     stream.seek(0)
@@ -203,7 +209,7 @@ def _deep_tiff(image: Any, stream: Any) -> Deep | None:
             page = file.pages[0]
             pixels, axes = page.asarray(), page.axes
     except Exception:
-        plain = tags.get(_PLANES, 1) == 1 and tags.get(_PHOTOMETRIC) != 0
+        plain = tags.get(_PLANES, 1) == 1 and space != 0
         if bits == 16 and unsigned and plain:
             return None
         raise
@@ -212,7 +218,7 @@ def _deep_tiff(image: Any, stream: Any) -> Deep | None:
     if samples == 2:
         pixels = pixels[..., :1]
     maximum = (1 << min(bits, 16)) - 1
-    if tags.get(_PHOTOMETRIC) == 0 and unsigned and bits <= 16:
+    if space == 0 and unsigned and bits <= 16:
         pixels = maximum - pixels
     return Deep(pixels, maximum)
 

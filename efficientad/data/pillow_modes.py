@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from efficientad.data.profiles import UnfitProfileError, cmyk_to_srgb, lab_to_srgb
 from efficientad.data.samples import check_samples, strip_levels, strips
 from efficientad.utils.checks import ValueRange
 
@@ -63,10 +63,9 @@ def _taking(image: Any, maximum: int, value_range: ValueRange | None) -> tuple[_
         return lambda strip: np.asarray(
             strip.convert("LA" if mode == "La" else "RGBA").convert("RGB")
         ), 65535
-    if mode == "LAB" or (mode == "CMYK" and image.info.get("icc_profile")):
-        convert = _to_srgb(image)
-        if convert is not None:
-            return lambda strip: np.asarray(convert(strip)), 65535
+    if mode in ("LAB", "CMYK"):
+        convert = _converting(image)
+        return lambda strip: np.asarray(convert(strip)), 65535
     return lambda strip: np.asarray(strip.convert("RGB")), 65535
 
 
@@ -75,21 +74,11 @@ def _back(strip: Any, maximum: int) -> np.ndarray:
     return ((np.asarray(strip).astype(np.int64) * maximum + 32767) // 65535).astype(np.uint16)
 
 
-def _to_srgb(image: Any) -> Callable[[Any], Any] | None:
-    """Colour management of a Lab or CMYK image; None for a CMYK profile that cannot be used."""
+def _converting(image: Any) -> Callable[[Any], Any]:
+    """What turns strips of a Lab or CMYK image to RGB; without a usable profile as Pillow does."""
+    if image.mode == "LAB":
+        return lab_to_srgb()
     try:
-        from PIL import ImageCms
-
-        profile = (
-            ImageCms.createProfile("LAB")
-            if image.mode == "LAB"
-            else ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        )
-        transform = ImageCms.buildTransform(
-            profile, ImageCms.createProfile("sRGB"), image.mode, "RGB"
-        )
-    except (ImportError, OSError, ValueError, TypeError) as error:
-        if image.mode == "LAB":
-            raise ValueError(f"Lab needs a Pillow with LittleCMS ({error})") from error
-        return None
-    return lambda strip: ImageCms.applyTransform(strip, transform)
+        return cmyk_to_srgb(image)
+    except UnfitProfileError:
+        return lambda strip: strip.convert("RGB")

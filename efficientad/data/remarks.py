@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from efficientad.data.decoding import ImageError, naming_errors, raw_samples
 from efficientad.data.opening import opened
+from efficientad.data.profiles import profile_use
 from efficientad.utils.checks import ValueRange
 from efficientad.utils.files import listed
 
@@ -21,8 +21,9 @@ _KINDS = {
     "alpha": "Pictures that are not opaque everywhere; alpha is dropped, colours count as stored",
     "pages": "Pictures of several pages or frames, of which the first is read",
     "cmyk": "CMYK pictures without a colour profile, converted to RGB by rule of thumb",
-    "profile": "Pictures with a colour profile that is not sRGB; it is not applied, numbers count "
-    "as stored",
+    "converted": "Pictures with a colour profile that is not sRGB, converted to sRGB by it",
+    "unfit": "Pictures with a colour profile that cannot be applied (it is damaged or for pictures "
+    "of another kind, or Pillow lacks LittleCMS); numbers count as stored",
 }
 
 
@@ -97,24 +98,13 @@ def _header(path: Path) -> tuple[list[str], bool]:
         kinds = []
         if getattr(image, "n_frames", 1) > 1:
             kinds.append("pages")
-        profile = image.info.get("icc_profile")
-        if image.mode == "CMYK" and not profile:
+        use = profile_use(image)
+        if use is not None:
+            kinds.append(use)
+        elif image.mode == "CMYK" and "icc_profile" not in image.info:
             kinds.append("cmyk")
-        if profile and image.mode not in ("CMYK", "LAB") and not _is_srgb(profile):
-            kinds.append("profile")
         alpha = image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
         return kinds, alpha
-
-
-def _is_srgb(profile: bytes) -> bool:
-    """Whether a profile is sRGB, or grey with its curve, by its description."""
-    try:
-        from PIL import ImageCms
-
-        named = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile)))
-    except Exception:  # a damaged profile, or a Pillow without LittleCMS: it is not known
-        return False
-    return "srgb" in named.lower().replace(" ", "") or "iec61966-2" in named.lower()
 
 
 def _is_clear(path: Path) -> bool:
