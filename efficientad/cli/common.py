@@ -104,6 +104,18 @@ def value_range_of(options: argparse.Namespace) -> tuple[float, float] | None:
     return check_value_range(options.value_range)
 
 
+def add_min_area(command: argparse.ArgumentParser) -> None:
+    """Add --min-area, of the regions that the output folder lists."""
+    command.add_argument(
+        "--min-area",
+        type=float,
+        default=0,
+        metavar="PIXELS",
+        help="list no region above the threshold that is smaller, in pixels of the image; the "
+        "verdict is the score's and does not change",
+    )
+
+
 def load_detector(path: str, device: str) -> EfficientAD:
     from efficientad.checkpoint.loading import load
     from efficientad.utils.devices import choose_device

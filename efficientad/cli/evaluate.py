@@ -11,6 +11,7 @@ from efficientad.cli.common import (
     UsageError,
     add_arithmetic,
     add_layout,
+    add_min_area,
     add_running,
     add_value_range,
     build_predictor,
@@ -39,6 +40,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--maps", action="store_true", help="write .tiff maps as the MVTec scripts read them"
     )
     command.add_argument("--overlays", action="store_true", help="write overlay PNGs")
+    add_min_area(command)
     add_arithmetic(command)
     add_running(command)
 
@@ -48,9 +50,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from efficientad.data.layouts import open_dataset
     from efficientad.data.remarks import picture_notes
     from efficientad.evaluation.evaluation import evaluate
+    from efficientad.utils.checks import check_number
 
     check_running(options)
     check_arithmetic(options)
+    check_number("--min-area", options.min_area, 0)
     dataset = open_dataset(options.data, options.layout, options.category)
     detector = load_detector(options.model, options.device)
     require_calibration(detector)
@@ -63,6 +67,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
             out=options.out,
             maps=options.maps,
             overlays=options.overlays,
+            min_area=options.min_area,
             batch_size=options.batch_size,
             workers=options.workers,
             progress=progress,

@@ -15,6 +15,7 @@ from efficientad.cli.common import (
     EXIT_SOME_FAILED,
     UsageError,
     add_arithmetic,
+    add_min_area,
     add_running,
     build_predictor,
     check_arithmetic,
@@ -52,6 +53,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         help="look at images in full resolution, in tiles of the input size that overlap by so "
         "many pixels; for a detector that was trained and calibrated on crops of that size",
     )
+    add_min_area(command)
     add_arithmetic(command)
     add_running(
         command,
@@ -89,6 +91,7 @@ def run_predict(options: argparse.Namespace) -> int:
         detector.threshold,
         overlays=None if options.no_overlays else options.out / "overlays",
         maps=None if options.no_maps else options.out / "maps",
+        min_area=options.min_area,
     )
     names = output_names(paths)
     complete = False
@@ -127,7 +130,10 @@ def run_predict(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that contradict each other or would do nothing."""
+    from efficientad.utils.checks import check_number
+
     check_running(options, fewest_workers=1)
+    check_number("--min-area", options.min_area, 0)
     if options.threshold is not None and not math.isfinite(options.threshold):
         raise UsageError(f"--threshold is {options.threshold}; it must be a finite number")
     if options.reference and options.tiles is not None:

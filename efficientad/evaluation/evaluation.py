@@ -84,6 +84,7 @@ def evaluate(
     out: str | os.PathLike | None = None,
     maps: bool = False,
     overlays: bool = False,
+    min_area: float = 0,
     notes: Sequence[str] = (),
     batch_size: int = 8,
     workers: int = 2,
@@ -100,6 +101,7 @@ def evaluate(
             as the MVTec evaluation scripts read them. Where images of a defect differ in nothing
             but the suffix, the name keeps it.
         overlays: also write a picture per image.
+        min_area: regions above the threshold of fewer pixels of the image are not listed in `out`.
         notes: sentences for the report.
         batch_size, workers: images per forward pass and decoding threads.
         progress: called with (what, images done, images in all).
@@ -132,6 +134,7 @@ def evaluate(
             detector.threshold,
             overlays=Path(out) / "overlays" if overlays else None,
             maps=Path(out) / "maps" / dataset.name / "test" if maps else None,
+            min_area=min_area,
             failed=result.failed,
         )
     run = _Run(detector, dataset, result, folder)

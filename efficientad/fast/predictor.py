@@ -203,7 +203,10 @@ class FastPredictor:
             score, anomaly_map = self.engine.score_frames(frames, map_size)
             hand_over(score, anomaly_map)
             serial = self._serial(len(frames), score)
-        numbers: dict[str, Any] = {"serial": serial, "not_numbers": self._not_numbers}
+        whole = map_size != "feature" or not self.map_padding
+        numbers: dict[str, Any] = {
+            "whole": whole, "serial": serial, "not_numbers": self._not_numbers
+        }  # fmt: skip
         if batched:
             index = range(len(frames))
             return Prediction(index, score, self.threshold, anomaly_map, sizes, frames, **numbers)

@@ -17,6 +17,7 @@ import numpy as np
 from efficientad.results.overlay import overlay
 from efficientad.results.prediction import Prediction
 from efficientad.results.report import ReportItem, thumbnail, write_report
+from efficientad.utils.checks import check_number
 from efficientad.utils.files import plain_text, replace_file, write_text
 
 COLUMNS = ("path", "score", "is_anomalous", "defect", "label")
@@ -103,21 +104,25 @@ class ResultFolder:
         threshold: of the detector, for the overlays' scale; None if it has none.
         overlays, maps: folders below root's "overlays" and "maps" for the pictures and the .tiff
             maps; None leaves them out.
+        min_area: smaller regions of a map, in pixels of the image, are not listed.
 
     Raises:
-        ValueError: root is a file, or overlays or maps hold pictures that no earlier run listed.
+        ValueError: root is a file, overlays or maps hold pictures that no earlier run listed, or
+            min_area is negative.
     """
 
     root: Path
     threshold: float | None
     overlays: Path | None = None
     maps: Path | None = None
+    min_area: float = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     items: list[ReportItem] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_number("min_area", self.min_area, 0)
         self.root = Path(self.root)
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"out is {str(self.root)!r}, which is a file; it must be a folder")
@@ -170,6 +175,9 @@ class ResultFolder:
                 self.files.append(path.relative_to(self.root).as_posix())
         except OSError as error:
             self.fail(source, f"scored, but not written: {error.strerror or error}")
+        regions = None
+        if prediction.threshold is not None:
+            regions = prediction.regions(min_area=self.min_area)
         self.rows.append(
             {
                 "path": plain_text(source),
@@ -177,6 +185,7 @@ class ResultFolder:
                 "is_anomalous": prediction.is_anomalous,
                 "defect": defect,
                 "label": label,
+                "regions": None if regions is None else [r.to_dict() for r in regions],
             }
         )
         shown, heat = thumbnail(image, prediction.anomaly_map, self.threshold)
@@ -189,6 +198,7 @@ class ResultFolder:
                 defect=defect,
                 image=shown,
                 heat=heat,
+                regions=regions,
             )
         )
 
@@ -202,6 +212,7 @@ class ResultFolder:
         """Write the tables and the report; returns the report's path. notes: sentences."""
         labelled = any(row["label"] is not None for row in self.rows)
         columns = COLUMNS if labelled else COLUMNS[:3]
+        in_json = (*columns, "regions")
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -209,7 +220,7 @@ class ResultFolder:
         write_text(self.root / "scores.csv", table.getvalue())
         document = {
             "threshold": _json(self.threshold),
-            "images": [{k: _json(row[k]) for k in columns} for row in self.rows],
+            "images": [{k: _json(row[k]) for k in in_json} for row in self.rows],
             "failed": [{"path": path, "reason": reason} for path, reason in self.failed],
             "notes": [plain_text(note) for note in notes],
             "files": self.files,

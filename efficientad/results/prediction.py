@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from efficientad.model.detector import check_threshold
 from efficientad.results.overlay import overlay
+from efficientad.results.regions import AnomalousRegion, anomalous_regions
 
 
 def is_anomalous(score: Any, threshold: float | None) -> Any:
@@ -37,6 +39,7 @@ class Prediction:
         source_size: (height, width) of the image before resizing; of a batch, one per image.
         threshold: by which `is_anomalous` judges; None judges nothing.
         image: the frame itself, uint8 (H, W, 3), for `overlay`; None where it is not kept.
+        whole: whether the map covers the frame from edge to edge; "feature" maps may not.
     """
 
     __slots__ = (
@@ -48,6 +51,7 @@ class Prediction:
         "score",
         "source_size",
         "threshold",
+        "whole",
     )
 
     # One image's or a batch's: which of the two is known to whoever called for it, not to a type.
@@ -63,11 +67,13 @@ class Prediction:
         source_size: Any,
         image: Any = None,
         *,
+        whole: bool = True,
         serial: int = 0,
         not_numbers: set[int] | None = None,
     ) -> None:
         self.index, self.score, self.threshold = index, score, threshold
         self.anomaly_map, self.source_size, self.image = anomaly_map, source_size, image
+        self.whole = whole
         # Where host values show a NaN score, its serial number goes to the predictor's set.
         self._serial, self._not_numbers = serial, not_numbers
 
@@ -101,6 +107,7 @@ class Prediction:
             None if self.anomaly_map is None else self.anomaly_map[i],
             self.source_size[i],
             None if self.image is None else self.image[i],
+            whole=self.whole,
             serial=self._serial + i,
             not_numbers=self._not_numbers,
         )
@@ -116,6 +123,7 @@ class Prediction:
             None if self.anomaly_map is None else self.anomaly_map[part],
             self.source_size[part],
             None if self.image is None else self.image[part],
+            whole=self.whole,
             serial=self._serial + places.start,
             not_numbers=self._not_numbers,
         )
@@ -133,7 +141,45 @@ class Prediction:
         maps = [_host(m) for m in maps] if isinstance(maps, list) else _host(maps)
         if not self.batched:
             score = float(score)
-        return Prediction(self.index, score, self.threshold, maps, self.source_size, self.image)
+        return Prediction(
+            self.index, score, self.threshold, maps, self.source_size, self.image, whole=self.whole
+        )
+
+    def regions(
+        self, *, threshold: float | None = None, min_area: float = 0
+    ) -> list[AnomalousRegion]:
+        """Where the map lies above the threshold: connected regions, the highest score first.
+
+        They are found at the map's own size and their boxes are rounded outwards to pixels of the
+        frame. The verdict is the score's: with a map of another size than the score was found at,
+        an image next to the threshold may be anomalous and have no region, or the reverse.
+
+        Args:
+            threshold: in place of the prediction's own.
+            min_area: regions of fewer pixels of the original frame are left out.
+
+        Returns:
+            `regions.AnomalousRegion`s, each with box, area and score. Waits for the device.
+
+        Raises:
+            ValueError: a batch, no map or one that does not cover the frame, no threshold, or a
+                min_area below 0.
+        """
+        threshold = check_threshold(self.threshold if threshold is None else threshold)
+        if self.batched:
+            raise ValueError("this is the prediction of a batch; index it for one image's regions")
+        if self.anomaly_map is None:
+            raise ValueError("the prediction holds no map to find regions in; ask for one")
+        if not self.whole:
+            raise ValueError(
+                "the map is at feature size, without the frame of the image; regions need map_size "
+                "'input' or 'source'"
+            )
+        if threshold is None:
+            raise ValueError("the prediction has no threshold, which regions lie above; give one")
+        return anomalous_regions(
+            _host(self.anomaly_map), self.source_size, threshold, min_area=min_area
+        )
 
     def overlay(self, **options: Any) -> Any:
         """The frame with the map's colours over it, as a PIL image (see `overlay.overlay`).

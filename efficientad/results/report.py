@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from efficientad.results.overlay import check_image, colorbar, map_scale, overlay, shrink_map
+from efficientad.results.regions import AnomalousRegion
 from efficientad.results.report_page import DASH, PAGE, histogram, number, table
 from efficientad.utils.files import write_text
 
 MAX_PICTURES = 200
 MAX_ROWS = 5000
+MAX_REGIONS = 3  # of an image, beside its picture
 JPEG_QUALITY = 85
 
 
@@ -32,6 +34,7 @@ class ReportItem:
         is_anomalous: the verdict, None without a threshold.
         label: 1 defective, 0 good, None unknown. defect: its kind, or None.
         image, heat: encoded thumbnails from `thumbnail`, or None.
+        regions: what lies above the threshold, the highest score first; None without a threshold.
     """
 
     name: str
@@ -41,6 +44,7 @@ class ReportItem:
     defect: str | None = None
     image: bytes | None = None
     heat: bytes | None = None
+    regions: Sequence[AnomalousRegion] | None = None
 
     @property
     def mistake(self) -> str | None:
@@ -162,8 +166,21 @@ def _card(item: ReportItem) -> str:
         f'<figcaption><b title="{name}">{name}</b><span class="line">'
         f'<span class="score">{number(float(item.score))}</span>'
         f"{f'<span class=kind>{kind}</span>' if kind else ''}{_verdict(item)}</span>"
-        f"</figcaption></figure>"
+        f"{_places(item)}</figcaption></figure>"
     )
+
+
+def _places(item: ReportItem) -> str:
+    """A line for each of the first regions, and how many more there are; "" for none."""
+    regions = item.regions or ()
+    lines = [
+        f"{region.area} px at ({region.box[0]}, {region.box[1]}) to "
+        f"({region.box[2]}, {region.box[3]}): {number(region.score)}"
+        for region in regions[:MAX_REGIONS]
+    ]
+    left = len(regions) - len(lines)
+    lines += [f"and {left} more region{'s' if left > 1 else ''}"] if left else []
+    return "".join(f'<span class="place">{line}</span>' for line in lines)
 
 
 def _summary(items: Sequence[ReportItem], threshold: float | None, failed: int) -> str:
@@ -239,7 +256,8 @@ def _gallery(items: Sequence[ReportItem], threshold: float | None, limit: int) -
     cards = "".join(map(_card, chosen))
     return (
         f'<h2>Images</h2><p class="quiet">{text} Left the image, right its heat map; the outline '
-        f"is what lies above the threshold.</p>{_legend(threshold)}"
+        "is what lies above the threshold. Below, each such region with its area and box (x, y) in "
+        f"pixels of the image, and its highest value.</p>{_legend(threshold)}"
         f'<div class="filter">{radios}<div class="gallery">{cards}</div></div>'
     )
 
@@ -247,12 +265,18 @@ def _gallery(items: Sequence[ReportItem], threshold: float | None, limit: int) -
 def _listing(items: Sequence[ReportItem]) -> str:
     ranked = sorted(items, key=_rank)
     rows = (
-        (escape(item.name), number(float(item.score)), _kind(item), _verdict(item))
+        (
+            escape(item.name),
+            number(float(item.score)),
+            _kind(item),
+            number(None if item.regions is None else len(item.regions)),
+            _verdict(item),
+        )
         for item in ranked[:MAX_ROWS]
     )
     left = len(ranked) - MAX_ROWS
     rest = f'<p class="quiet">{left} more, with lower scores, are left out.</p>' if left > 0 else ""
-    listing = table(("image", "score", "kind", "verdict"), rows, "list")
+    listing = table(("image", "score", "kind", "regions", "verdict"), rows, "list")
     return f"<details><summary>All {len(ranked)} scores</summary>{listing}{rest}</details>"
 
 

@@ -82,6 +82,8 @@ figcaption b { display: block; white-space: nowrap; overflow: hidden; text-overf
 .line { display: flex; gap: 8px; align-items: center; margin-top: 3px; }
 .score { font-size: 16px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .kind { color: var(--soft); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.place { display: block; color: var(--soft); font-size: 12px;
+  font-variant-numeric: tabular-nums; }
 .tag { margin-left: auto; padding: 1px 9px; border-radius: 99px; font-size: 12px;
   background: var(--page); color: var(--soft); white-space: nowrap; }
 .tag.bad { background: var(--bad-soft); color: var(--defective); }

@@ -135,6 +135,17 @@ def test_the_score_does_not_depend_on_the_map(map_size, predictor):
     assert tuple(found.anomaly_map.shape) == shapes[map_size]
 
 
+def test_regions_are_those_of_a_map_that_covers_the_frame(predictor):
+    frame = helpers.frames(1, 300, 420, seed=3)[0]
+    found = predictor(frame, map_size="source")
+    level = float(found.anomaly_map.quantile(0.99))
+    regions = found.regions(threshold=level)
+    assert sum(r.area for r in regions) == int((found.anomaly_map > level).sum())
+    assert regions[0].score == float(found.anomaly_map.max())
+    with pytest.raises(ValueError, match="at feature size"):
+        predictor(frame, map_size="feature").regions()
+
+
 @pytest.mark.parametrize("map_size", ["source", "feature"])
 def test_maps_of_other_sizes(map_size, real, model):
     """Pillow rounds a resized frame to whole levels, the predictor does not; hence the bound."""

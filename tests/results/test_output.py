@@ -78,6 +78,20 @@ def below(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_regions_smaller_than_min_area_are_not_listed(model_file, tmp_path, scores, capsys):
+    picture(tmp_path / "a.png")
+    scores += [0.75]
+    rows = []
+    for least in (80, 81):
+        assert run("predict", model_file, tmp_path / "a.png", "--out", tmp_path / str(least),
+                   "--min-area", least) == 0  # fmt: skip
+        rows += strict(tmp_path / str(least) / "scores.json")["images"]
+    assert [r["is_anomalous"] for r in rows] == [True, True]
+    assert [len(r["regions"]) for r in rows] == [1, 0]
+    assert run("predict", model_file, tmp_path / "a.png", "--min-area", -1) == 2
+    assert "--min-area is -1.0; it must be a finite number >= 0" in capsys.readouterr().err
+
+
 # ---- ends early ------------------------------------------------------------------------------
 
 
