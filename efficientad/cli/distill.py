@@ -29,7 +29,13 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
     add(
         "photos", nargs="+", help="photo files and folders of everyday things, thousands if you can"
     )
-    add("--backbone", type=Path, required=True, metavar="FILE", help="ResNet-18 trunk or WRN-101")
+    add(
+        "--backbone",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="EfficientNet-Lite0 or Lite1, ResNet-18 trunk or WRN-101",
+    )
     add("--out", type=Path, required=True, help="teacher file to write (.safetensors)")
     add("--size", choices=("S", "M"), default="S")
     add("--steps", type=int, default=60_000)
@@ -40,6 +46,7 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
     add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise of the rate")
     add("--crop", type=int, metavar="PIXELS", help="train on windows (36..256, a multiple of 4)")
     add("--flip", action="store_true", help="mirror photos at random")
+    add("--zoom", type=float, default=1.0, metavar="PART", help="show windows from PART of a photo")
     add("--grey", type=float, default=0.1, help="probability of a grey photo (default 0.1)")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="deliver averaged weights (0: no)")
     add(
@@ -51,6 +58,12 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         "a photo, and keep them on the disk (3 MB each); 0: at every step",
     )
     add("--bank-folder", type=Path, metavar="FOLDER", help="default: beside the state")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the PDN's convolutions; auto: bfloat16 where the device computes in it",
+    )
     add("--held-out", type=int, default=48, metavar="PHOTOS", help="never trained on (default 48)")
     add("--every", type=int, default=500, metavar="STEPS", help="between held-out measurements")
     add("--seed", type=int, default=0)
@@ -72,21 +85,22 @@ def run_distill(options: argparse.Namespace) -> int:
     from efficientad.distillation.backbones import check_backbone, file_digest, load_backbone
     from efficientad.distillation.distiller import Distillation
     from efficientad.distillation.recipe import Recipe
-    from efficientad.utils.devices import choose_device
+    from efficientad.utils.devices import choose_device, choose_dtype
     from efficientad.utils.interrupts import held_back
 
     state = options.state or options.out.with_suffix(".state")
     _check_outputs(options, state)
+    device = choose_device(options.device)
+    options.dtype = choose_dtype(options.dtype, device)
     recipe = Recipe(
         **{
             name: getattr(options, name)
             for name in (
                 "size steps batch_size lr weight_decay schedule warmup crop flip grey ema bank "
-                "held_out seed"
+                "zoom dtype held_out seed"
             ).split()
         }
     )
-    device = choose_device(options.device)
     photos = find_images(options.photos)
     print_notes(left_out(options.photos))
     backbone = load_backbone(options.backbone).to(device)

@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficientad.distillation.efficientnet_lite import build, is_efficientnet_lite
 from efficientad.model.networks import TEACHER_CHANNELS
 from efficientad.utils.file_kinds import kind_of_file
 
 BACKBONE_SIZE = 512  # pixels
 GRID = 64  # cells
 _KNOWN = (
-    "a ResNet-18 trunk (safetensors: conv1, layer1, layer2, layer3 with batch norm folded into "
-    "biases) or torchvision's wide_resnet101_2 state dict (.pth)"
+    "an EfficientNet-Lite0 or Lite1 (safetensors with batch norm folded into biases, or the "
+    "published state dict, .pth), a ResNet-18 trunk (safetensors: conv1, layer1, layer2, layer3 "
+    "with batch norm folded) or torchvision's wide_resnet101_2 state dict (.pth)"
 )
 
 
@@ -108,8 +110,9 @@ class PatchCoreFeatures(nn.Module):
 def load_backbone(path: str | os.PathLike) -> nn.Module:
     """The frozen backbone of a weights file, float32, on the CPU, in eval mode.
 
-    path: a ResNet-18 trunk in safetensors, or the state dict of torchvision's wide_resnet101_2
-    (.pth or safetensors), for which torchvision must be installed. Recognised by its names.
+    path: an EfficientNet-Lite0 or Lite1 (see `efficientnet_lite`), a ResNet-18 trunk in
+    safetensors, or the state dict of torchvision's wide_resnet101_2 (.pth or safetensors), for
+    which torchvision must be installed. Recognised by its names.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -126,6 +129,12 @@ def load_backbone(path: str | os.PathLike) -> nn.Module:
         backbone: nn.Module = PatchCoreFeatures(network)
     elif "layer3.1.conv2.weight" in weights:
         network = backbone = ResNet18Trunk()
+    elif is_efficientnet_lite(weights):
+        try:
+            network, weights = build(weights)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is no known backbone: {error}; expected {_KNOWN}") from None
+        backbone = network
     else:
         raise ValueError(f"{path} is no known backbone; expected {_KNOWN}")
     _fill(network, weights, path)

@@ -72,7 +72,7 @@ class Distillation:
         self.curve: list[dict[str, Any]] = []
         self.planned: list[dict[str, int]] = []  # numbers of steps planned before, until when
         self.model = initial_pdn(recipe).to(self.device)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" or recipe.dtype == "bfloat16":
             lay_out(self.model, torch.channels_last)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.average = {k: p.detach().clone() for k, p in self.model.named_parameters()}
@@ -151,7 +151,7 @@ class Distillation:
         x = normalize(images, self.device)
         with torch.no_grad():
             target = self.data.targets(self.step, source)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" or self.recipe.dtype == "bfloat16":
             x = x.contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
@@ -274,7 +274,8 @@ class Distillation:
         )
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        half = self.recipe.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
 
 @torch.no_grad()

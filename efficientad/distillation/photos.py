@@ -34,19 +34,30 @@ OnError = Callable[[Path, ImageError], None]
 
 
 class View(NamedTuple):
-    """How a photo is shown to both networks."""
+    """How a photo is shown to both networks.
+
+    window: (top, left, height, width) as parts of the photo's sides; the whole: (0, 0, 1, 1).
+    """
 
     flip: bool
     grey: bool
+    window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
 
-def draw_view(seed: int, stream: str, step: int, item: int, grey: float, flip: bool) -> View:
-    """A view as a function of its arguments; grey: probability; flip: mirror with probability 1/2.
+def draw_view(
+    seed: int, stream: str, step: int, item: int, grey: float, flip: bool, zoom: float = 1.0
+) -> View:
+    """A view as a function of its arguments; see `Recipe`.
 
-    The two draws do not depend on each other, so switching flips on leaves the grey ones alone.
+    The draws do not depend on each other, so switching flips on leaves the grey ones alone.
     """
-    numbers = random_numbers(seed, stream, step, item).random(2)
-    return View(flip=bool(flip and numbers[1] < 0.5), grey=bool(numbers[0] < grey))
+    numbers = random_numbers(seed, stream, step, item).random(5).tolist()
+    part = zoom + (1 - zoom) * numbers[2]
+    return View(
+        flip=flip and numbers[1] < 0.5,
+        grey=numbers[0] < grey,
+        window=((1 - part) * numbers[3], (1 - part) * numbers[4], part, part),
+    )
 
 
 def show_photo(photo: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -56,12 +67,22 @@ def show_photo(photo: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
     """
     from PIL import Image
 
+    photo = _window(photo, view.window)
     if view.flip:
         photo = np.ascontiguousarray(photo[:, ::-1])
     if view.grey:
         photo = np.repeat(np.asarray(Image.fromarray(photo).convert("L"))[..., None], 3, axis=2)
     large, small = (resize_image(photo, (size, size)) for size in (BACKBONE_SIZE, PDN_SIZE))
     return large, small
+
+
+def _window(photo: np.ndarray, window: tuple[float, float, float, float]) -> np.ndarray:
+    """The part of a photo (H, W, 3), of one pixel at the least."""
+    rows, columns = photo.shape[:2]
+    top, left, height, width = window
+    first, row = min(round(top * rows), rows - 1), max(1, round(height * rows))
+    second, column = min(round(left * columns), columns - 1), max(1, round(width * columns))
+    return np.ascontiguousarray(photo[first : first + row, second : second + column])
 
 
 def normalize(images: Sequence[np.ndarray] | np.ndarray, device: torch.device) -> Tensor:

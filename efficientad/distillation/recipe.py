@@ -31,11 +31,14 @@ class Recipe:
         warmup: steps over which the rate rises linearly to lr.
         grey: probability of a photo in grey, for both networks alike.
         flip: mirror photos with probability 1/2.
+        zoom: 1 shows whole photos. Below it, windows with sides of U(zoom, 1) of the photo's, at
+            any place: the same photo at several scales.
         crop: None trains the padded PDN on whole 256x256 images. A number of pixels trains the
             unpadded one on random windows, against the cells that it has in the whole image; its
             weights are those of the padded one and its cells equal that one's inner cells.
         bank: 0 computes targets at every step. n computes them once for n views of every photo.
         ema: decay of the averaged weights that are delivered; 0 delivers the last ones.
+        dtype: "float32", or "bfloat16": convolutions of the PDN under autocast.
         held_out: photos that are never trained on. seed: of everything drawn.
         statistics: photos over which the backbone's channels are normalised (a bank: all of it).
     """
@@ -49,9 +52,11 @@ class Recipe:
     warmup: int = 0
     grey: float = 0.1
     flip: bool = False
+    zoom: float = 1.0
     crop: int | None = None
     bank: int = 0
     ema: float = 0.0
+    dtype: str = "float32"
     held_out: int = 48
     seed: int = 0
     statistics: int = 10_000
@@ -67,9 +72,11 @@ class Recipe:
             "schedule": self.schedule in ("constant", "cosine"),
             "warmup": 0 <= self.warmup <= self.steps,
             "grey": 0 <= self.grey <= 1,
+            "zoom": 0 < self.zoom <= 1,
             "crop": crop is None or (MIN_CROP <= crop <= PDN_SIZE and crop % 4 == 0),
             "bank": self.bank >= 0,
             "ema": 0 <= self.ema < 1,
+            "dtype": self.dtype in ("float32", "bfloat16"),
             "held_out": self.held_out >= 0,
             "statistics": self.statistics >= 1,
         }

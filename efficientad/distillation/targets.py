@@ -70,7 +70,8 @@ class Targets:
             self.progress("held-out targets", index + 1, len(self.held_out))
 
     def view(self, stream: str, a: int, b: int) -> View:
-        return draw_view(self.recipe.seed, stream, a, b, self.recipe.grey, self.recipe.flip)
+        recipe = self.recipe
+        return draw_view(recipe.seed, stream, a, b, recipe.grey, recipe.flip, recipe.zoom)
 
     def load_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(PDN images (N, P, P, 3) uint8, what the targets come from) of a step; no shared state.
@@ -135,7 +136,7 @@ class Targets:
             key={
                 "photos": photos_digest(self.train),
                 "backbone": backbone_facts["sha256"],
-                **{name: getattr(recipe, name) for name in ("seed", "grey", "flip")},
+                **{name: getattr(recipe, name) for name in ("seed", "grey", "flip", "zoom")},
             },
             view_of=lambda photo, variant: self.view("view", photo, variant),
             margin=0 if recipe.crop is None else MARGIN,

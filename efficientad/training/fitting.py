@@ -33,7 +33,6 @@ from efficientad.training.settings import (
     TrainingStopped,
     check_data,
     check_files,
-    choose_dtype,
     determinism,
 )
 from efficientad.training.short import ShortTrainer, brightened
@@ -51,7 +50,7 @@ from efficientad.utils.checks import (
     check_path,
     check_value_range,
 )
-from efficientad.utils.devices import lay_out
+from efficientad.utils.devices import choose_dtype, lay_out
 
 CHECKPOINT_EVERY = 1000
 

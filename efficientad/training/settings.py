@@ -15,7 +15,6 @@ from efficientad.data.decoding import ImageError, read_image
 from efficientad.model.good_images import GoodImagesSeen
 from efficientad.training.losses import HARD_QUANTILE
 from efficientad.utils.checks import ValueRange, check_integer, check_number, check_writable
-from efficientad.utils.devices import cpu_multiplies_bfloat16
 
 
 class TrainingError(ValueError):
@@ -147,17 +146,6 @@ def check_data(
         f"none of the {len(failed)} held-out images can be read, on which the threshold would "
         f"rest: {'; '.join(failed[:5])}{more}"
     )
-
-
-def choose_dtype(dtype: str, device: torch.device) -> str:
-    """ "auto": bfloat16 where the arithmetic units take it, not where it is only emulated."""
-    if dtype != "auto":
-        return dtype
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = cpu_multiplies_bfloat16()
-    return "bfloat16" if native else "float32"
 
 
 @contextmanager

@@ -47,6 +47,17 @@ def choose_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
+def choose_dtype(dtype: str, device: torch.device) -> str:
+    """A dtype's name; "auto" is bfloat16 where the units compute in it, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = cpu_multiplies_bfloat16()
+    return "bfloat16" if native else "float32"
+
+
 def lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
     """Lay a module's 4-d weights out in place: `module.to(memory_format=...)`."""
     module.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
