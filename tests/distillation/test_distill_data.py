@@ -53,7 +53,8 @@ def test_cosine_rate_by_hand():
     "wrong",
     [{"steps": 0}, {"lr": 0}, {"lr": float("nan")}, {"crop": 38}, {"crop": 32}, {"crop": 260},
      {"ema": 1.0}, {"grey": 1.1}, {"schedule": "step"}, {"warmup": 7, "steps": 6}, {"size": "L"},
-     {"bank": -1}, {"held_out": -1}, {"batch_size": 0}],
+     {"bank": -1}, {"zoom": 0.0}, {"zoom": 1.1}, {"dtype": "float16"}, {"held_out": -1},
+     {"batch_size": 0}],
 )  # fmt: skip
 def test_impossible_recipes_name_the_argument(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is "):
@@ -86,6 +87,32 @@ def test_grey_and_flip_have_their_probabilities():
     plain = [draw_view(3, "view", step, 0, 0.1, False) for step in range(100)]
     assert [view.grey for view in plain] == [view.grey for view in views[:400:4]]
     assert not any(view.flip for view in plain)
+
+
+def test_zoomed_windows_lie_in_the_photo_and_leave_the_other_draws_alone():
+    views = [draw_view(3, "view", step, 0, 0.1, True, 0.25) for step in range(2000)]
+    parts = np.array([view.window for view in views])
+    assert np.array_equal(parts[:, 2], parts[:, 3])
+    assert parts.min() >= 0
+    assert (parts[:, 0] + parts[:, 2]).max() <= 1 + 1e-12
+    assert (parts[:, 1] + parts[:, 3]).max() <= 1 + 1e-12
+    assert 0.25 <= parts[:, 2].min() < 0.26
+    assert 0.99 < parts[:, 2].max() <= 1
+    assert abs(parts[:, 2].mean() - 0.625) < 4 * 0.75 / 12**0.5 / 2000**0.5
+    whole = [draw_view(3, "view", step, 0, 0.1, True) for step in range(2000)]
+    assert {view.window for view in whole} == {(0, 0, 1, 1)}
+    assert [(v.flip, v.grey) for v in whole] == [(v.flip, v.grey) for v in views]
+
+
+def test_both_networks_see_the_same_window():
+    photo = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    large, small = show_photo(photo, View(False, False, (0.5, 0.25, 0.4, 0.4)))
+    expected = Image.fromarray(photo[150:270, 100:260])
+    for image, size in ((large, 512), (small, 256)):
+        resized = np.asarray(expected.resize((size, size), Image.Resampling.BILINEAR))
+        assert np.array_equal(image, resized)
+    one_pixel, _ = show_photo(photo, View(False, False, (1.0, 1.0, 1e-9, 1e-9)))
+    assert (one_pixel == photo[-1, -1]).all()
 
 
 @pytest.mark.parametrize("flip", [False, True])
