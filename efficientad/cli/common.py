@@ -165,8 +165,12 @@ def print_metrics(
         print(f"{name:<{width}}  {shown}")
 
 
-def print_threshold_doubt(images: int, false_positive_rate: float) -> None:
-    """Say what a threshold from so many images cannot show, if it cannot show the rate."""
+def print_threshold_trust(
+    facts: Mapping[str, Any], false_positive_rate: float, what: str = "good images"
+) -> None:
+    """Say how far a threshold can be trusted; arguments as of `trust_sentence`."""
+    images = facts["threshold_rests_on"]
+    print(trust_sentence(facts, what))
     if false_positive_rate * images < 1:
         print(
             f"note: {images} images cannot show a rate of {false_positive_rate:g}; the threshold "
@@ -174,24 +178,38 @@ def print_threshold_doubt(images: int, false_positive_rate: float) -> None:
         )
 
 
+def trust_sentence(facts: Mapping[str, Any], what: str = "good images") -> str:
+    """What the record of a calibration says about false rejects. what: the images behind it."""
+    return (
+        f"{facts['above_threshold']} of the {facts['threshold_rests_on']} {what} are above it; "
+        f"with {facts['confidence']:.0%} confidence at most "
+        f"{100 * facts['false_reject_bound']:.2g}% of parts like these are (exact binomial bound)"
+    )
+
+
 class Bars:
-    """Progress bars: `bars(what, done, total)` moves one, `log` prints a line above them."""
+    """Progress bars: `bars(what, done, total)` moves one, `log` prints a line above them.
+
+    terminal: whether there are bars to see.
+    """
 
     def __init__(self, progress: Any, lines: bool) -> None:
-        self._progress, self._lines = progress, lines and not progress.console.is_terminal
+        self.terminal = bool(progress.console.is_terminal)
+        self._progress, self._lines = progress, lines and not self.terminal
         self._tasks: dict[str, Any] = {}
         self._shown = time.monotonic()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, said: str = "") -> None:
+        """said: behind the bar, to the next call."""
         if self._lines and time.monotonic() - self._shown > SECONDS_BETWEEN_LINES:
             self._shown = time.monotonic()
             print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done, total=total)
+            self._tasks[what] = self._progress.add_task(what, total=total, said="")
+        self._progress.update(self._tasks[what], completed=done, total=total, said=said)
 
     def log(self, text: str) -> None:
-        if self._progress.console.is_terminal:
+        if self.terminal:
             self._progress.console.print(text, highlight=False)
         else:
             print(text, flush=True)
@@ -214,6 +232,7 @@ def progress_bars(lines: bool = False) -> Iterator[Bars]:
     with Progress(
         *columns,
         TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[said]}"),
         console=console,
         disable=not console.is_terminal,
     ) as progress:

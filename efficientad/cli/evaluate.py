@@ -21,7 +21,7 @@ from efficientad.cli.common import (
     load_detector,
     print_metrics,
     print_notes,
-    print_threshold_doubt,
+    print_threshold_trust,
     progress_bars,
     refuse_overwrite,
     require_calibration,
@@ -155,7 +155,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
         f"threshold {detector.threshold:.6g} from {facts['threshold_rests_on']} good images "
         f"(target false-positive rate {options.fpr:g})"
     )
-    print_threshold_doubt(facts["threshold_rests_on"], options.fpr)
+    print_threshold_trust(facts, options.fpr)
     print(f"saved: {out}")
     list_failed(failed)
     return EXIT_SOME_FAILED if failed else EXIT_OK

@@ -11,17 +11,24 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from efficientad.cli.common import (
+    EXIT_OK,
+    EXIT_SOME_FAILED,
     EXIT_STOPPED,
     Bars,
     add_value_range,
     print_notes,
-    print_threshold_doubt,
+    print_threshold_trust,
     progress_bars,
+    trust_sentence,
     value_range_of,
 )
+
+if TYPE_CHECKING:
+    from efficientad.data.datasets import DataSet
+    from efficientad.model.detector import EfficientAD
 
 
 def add_train(commands: Any) -> None:
@@ -84,6 +91,11 @@ def add_train(commands: Any) -> None:
     add("--resume", action="store_true", help="continue from the checkpoint if it is there")
     add("--evaluate-every", type=int, default=0, metavar="N", help="steps; 0: not while training")
     add("--log-every", type=int, default=100, metavar="N", help="steps between lines of losses")
+    add(
+        "--no-picture",
+        action="store_true",
+        help="do not score the training images, name the worst and draw OUT with .scores.png",
+    )
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -128,6 +140,7 @@ def run_train(options: argparse.Namespace) -> int:
     with warnings.catch_warnings(), progress_bars(lines=True) as bars:
         warnings.simplefilter("ignore", PenaltyWarning)
         warnings.simplefilter("ignore", ValueRangeWarning)
+        course = _Course(steps, resumed, bars)
         try:
             detector = fit(
                 dataset,
@@ -157,49 +170,115 @@ def run_train(options: argparse.Namespace) -> int:
                 evaluate_every=options.evaluate_every,
                 log_every=options.log_every,
                 deterministic=options.deterministic,
-                progress=_Told(resumed, bars),
-                on_history=_Lines(steps),
+                progress=course.progress,
+                on_history=course.entry,
             )
         except TrainingStopped as stopped:
             print(stopped, file=sys.stderr)
             return EXIT_STOPPED
-    facts = detector.provenance["training"]
-    held_out = detector.provenance["calibration"]["threshold_rests_on"]
-    print(f"threshold {detector.threshold:.6g} from {held_out} held-out images")
-    print_threshold_doubt(held_out, options.fpr)
+    facts, calibration = (detector.provenance[name] for name in ("training", "calibration"))
+    print(f"held-out q_b - q_a: {_spreads(detector.quantiles.tolist())}")
+    print(
+        f"threshold {detector.threshold:.6g} from {calibration['threshold_rests_on']} "
+        "held-out images"
+    )
+    print_threshold_trust(calibration, options.fpr, "held-out images")
     print(f"saved: {options.out}")
     for path, reason in facts["unreadable"]:
         print(f"failed: {path}: {reason}", file=sys.stderr)
-    return 1 if facts["unreadable"] else 0
+    if not options.no_picture:
+        _show_fit(detector, dataset, options)
+    return EXIT_SOME_FAILED if facts["unreadable"] else EXIT_OK
 
 
-class _Told:
-    """A `progress`: says at which step a training was resumed, and moves bars before and after.
+def picture_beside(out: Path) -> Path:
+    """Where the picture of a detector's scores lies."""
+    return out.with_suffix(".scores.png")
 
-    resumed: the first call is that step's.
+
+def _show_fit(detector: EfficientAD, dataset: DataSet, options: argparse.Namespace) -> None:
+    """Score the training images, name those that fit worst, and write the picture."""
+    from efficientad.evaluation.training_fit import training_fit
+    from efficientad.fast.predictor import FastPredictor
+    from efficientad.results.score_picture import Card, write_score_picture
+    from efficientad.utils.devices import choose_device
+    from efficientad.utils.files import names_below
+
+    paths = [sample.path for sample in dataset.train]
+    detector.to(choose_device(options.device))
+    predictor = FastPredictor(detector, batch_sizes=(1,), map_size=None)
+    with progress_bars(lines=True) as bars:
+        fit = training_fit(
+            detector, paths, predictor=predictor, workers=options.workers, progress=bars
+        )
+    threshold, calibration = detector.threshold, detector.provenance["calibration"]
+    names = names_below([misfit.path for misfit in fit.worst], paths)
+    if fit.worst:
+        print("training images that fit worst; is a bad part among them?")
+    cards = []
+    for misfit, name in zip(fit.worst, names, strict=True):
+        remark = "far above all" if misfit.far else ""
+        if not (threshold is None or misfit.score <= threshold):
+            remark = remark or "above the threshold"
+        print(f"  {misfit.score:.4f}  {name}{f'  ({remark})' if remark else ''}")
+        cards.append(Card(name, misfit.score, misfit.image, misfit.anomaly_map, remark))
+    looked = f"{len(fit.scores)} of {fit.images}" if len(fit.scores) < fit.images else fit.images
+    training = detector.provenance["training"]
+    where = picture_beside(options.out)
+    write_score_picture(
+        where,
+        {"training": fit.scores, "held out": calibration["scores"]},
+        threshold,
+        title=f"{dataset.name}: how well the good parts fit",
+        lines=[
+            f"EfficientAD-{detector.size}, schedule {training['schedule']}. Scores of {looked} "
+            "images trained on and of those held out, on which the threshold rests:",
+            f"{trust_sentence(calibration, 'held-out images')}.",
+        ],
+        cards=cards,
+        cards_title="Training images that fit worst: is a bad part among them?",
+    )
+    print(f"picture: {where}")
+
+
+def _spreads(quantiles: list[float]) -> str:
+    """q_b - q_a of both maps, of qa_st, qb_st, qa_ae, qb_ae."""
+    qa_st, qb_st, qa_ae, qb_ae = quantiles
+    return f"student-teacher {qb_st - qa_st:.4g}, autoencoder {qb_ae - qa_ae:.4g}"
+
+
+class _Course:
+    """Shows where a training is going.
+
+    On a terminal a live line: step, time left, the last loss, and the last held-out q_b - q_a where
+    one was measured. Everywhere a line per entry of the history.
+
+    resumed: the first call of `progress` is that of the step from which the training goes on.
     """
 
-    def __init__(self, resumed: bool, bars: Bars) -> None:
-        self._resumed, self._bars = resumed, bars
+    def __init__(self, steps: int, resumed: bool, bars: Bars) -> None:
+        self.steps, self._resumed, self._bars = steps, resumed, bars
+        self._last: tuple[int, float] | None = None
+        self._loss = self._spread = ""
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int) -> None:
+        """The `progress` of `fit`."""
         if self._resumed:
             self._resumed = False
             print(f"resumed at step {done}", flush=True)
-        if what != "training":  # of whose steps the history tells
+        if what != "training":
             self._bars(what, done, total)
+            return
+        if self._last is None:
+            self._last = done, time.monotonic()
+        if self._bars.terminal:  # elsewhere the history tells of the steps
+            self._bars(what, done, total, f"{self._loss}{self._spread}")
 
-
-class _Lines:
-    """Prints an entry of the history with the speed and the time that is left."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self._last: tuple[int, float] | None = None
-
-    def __call__(self, entry: dict[str, Any]) -> None:
+    def entry(self, entry: dict[str, Any]) -> None:
+        """The `on_history` of `fit`: a line with the speed and the time that is left."""
         now, step = time.monotonic(), entry["step"]
-        line = f"step {step}/{self.steps}  loss {entry['loss']:.4f}"
+        self._loss = f"loss {entry['loss']:.4f}"
+        line = f"step {step}/{self.steps}  {self._loss}"
         for term in ("hard", "penalty", "autoencoder", "student_autoencoder"):
             if term in entry:
                 line += f"  {term.replace('_', '-')} {entry[term]:.4f}"
@@ -212,5 +291,5 @@ class _Lines:
         self._last = step, now
         print(line, flush=True)
         if "metrics" in entry:
-            q = ", ".join(f"{value:.4g}" for value in entry["quantiles"])
-            print(f"  image AU-ROC {entry['metrics']['image AU-ROC']}  quantiles {q}", flush=True)
+            self._spread = f"  q_b - q_a {_spreads(entry['quantiles'])}"
+            print(f"  image AU-ROC {entry['metrics']['image AU-ROC']}{self._spread}", flush=True)

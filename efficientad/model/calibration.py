@@ -28,6 +28,7 @@ from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD, check_detec
 from efficientad.model.good_images import GoodImagesSeen, warn_of_odd
 from efficientad.model.networks import TEACHER_CHANNELS
 from efficientad.model.precision import Precision
+from efficientad.model.trust import trust
 from efficientad.utils.checks import check_number
 from efficientad.utils.devices import full_float32
 from efficientad.utils.processes import computing
@@ -252,6 +253,7 @@ def calibrate(
         "of_one_colour": held_out.flat,
         "odd": odd,
         "precision": precision,
+        **trust(scores, detector.threshold),
     }
     return detector
 

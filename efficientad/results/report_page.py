@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from efficientad.results.score_bins import score_bins, ticks
+
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-BINS = 48
 KINDS = ((0, "good"), (1, "defective"), (None, "unlabelled"))
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 230, 40, 34, 22
 
@@ -119,51 +120,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
     return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>{body}</table></div>'
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers between low and high."""
-    rough = (high - low) / 5
-    base = 10 ** math.floor(math.log10(rough))
-    step = next(base * m for m in (1, 2, 5, 10) if base * m >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _limits(values: np.ndarray, threshold: float | None) -> tuple[float, float]:
-    """Ends of the axis: all scores and the threshold; a long upper tail goes into the last bar."""
-    low, high = float(values.min()), float(values.max())
-    if threshold is not None:
-        low, high = min(low, threshold), max(high, threshold)
-        reach = threshold + 10 * max(threshold - low, 1e-3 * abs(threshold), 1e-9)
-        high = reach if high > 1.5 * reach - 0.5 * threshold else high
-    if not high - low > 1e-9 * max(abs(low), abs(high), 1e-9):
-        pad = max(abs(low) * 0.1, 0.1)
-        return low - pad, high + pad
-    return low - 0.02 * (high - low), high + 0.02 * (high - low)
-
-
 def histogram(scores: Sequence[tuple[float, int | None]], threshold: float | None) -> str:
     """SVG histogram of (score, label), stacked by label, with the threshold as a line.
 
     Scores that are not finite are counted below the picture, not drawn.
     """
-    finite = [(s, label) for s, label in scores if math.isfinite(s)]
-    if not finite:
+    groups = {name: [s for s, own in scores if own == label] for label, name in KINDS}
+    found = score_bins(groups, threshold)
+    if found is None:
         return '<p class="quiet">There are no scores to draw.</p>'
-    if threshold is not None and not math.isfinite(threshold):
-        threshold = None
-    values = np.array([s for s, _ in finite], dtype=np.float64)
-    low, high = _limits(values, threshold)
-    if threshold is not None:  # an edge on the threshold: no bar holds both verdicts
-        step = (high - low) / BINS
-        low = threshold - math.ceil((threshold - low) / step - 1e-9) * step
-        high = low + (BINS + 1) * step
-    bins = BINS + (threshold is not None)
-    edges = np.linspace(low, high, bins + 1)
-    counts: dict[str, np.ndarray] = {}
-    for label, name in KINDS:
-        mine = [s for s, own in finite if own == label]
-        if mine:
-            counts[name] = np.histogram(np.clip(mine, low, high), edges)[0]
+    low, high, edges, counts = found.low, found.high, found.edges, found.counts
+    threshold, bins = found.threshold, len(edges) - 1
     top = int(max(np.sum(list(counts.values()), axis=0).max(), 1))
     plot_width, plot_height = WIDTH - LEFT - 12, HEIGHT - BOTTOM - TOP
     floor = HEIGHT - BOTTOM
@@ -183,14 +150,13 @@ def histogram(scores: Sequence[tuple[float, int | None]], threshold: float | Non
                 f"<title>{count[i]} {name}, {edges[i]:.3g} to {edges[i + 1]:.3g}</title></rect>"
             )
         base += count
-    for value in _ticks(low, high):
+    for value in ticks(low, high):
         parts.append(
             f'<text x="{x(value):.1f}" y="{floor + 17}" text-anchor="middle">{value:.3g}</text>'
         )
     for value in sorted({0, top}):
         y = floor - value / top * plot_height + 4
         parts.append(f'<text x="{LEFT - 8}" y="{y:.1f}" text-anchor="end">{value}</text>')
-    beyond = int((values > high).sum())
     if threshold is not None:
         at = x(threshold)
         right = at > LEFT + 0.75 * plot_width
@@ -210,8 +176,8 @@ def histogram(scores: Sequence[tuple[float, int | None]], threshold: float | Non
     text = "".join(parts)
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 4}" role="img" aria-label="scores">{text}</svg>'
     notes = []
-    if beyond:
-        notes.append(f"The last bar holds all scores above {high:.3g}: {beyond} of them.")
-    if len(finite) < len(scores):
-        notes.append(f"{len(scores) - len(finite)} scores are not finite and not drawn.")
+    if found.beyond:
+        notes.append(f"The last bar holds all scores above {high:.3g}: {found.beyond} of them.")
+    if found.not_finite:
+        notes.append(f"{found.not_finite} scores are not finite and not drawn.")
     return svg + "".join(f'<p class="quiet">{note}</p>' for note in notes)

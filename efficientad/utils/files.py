@@ -42,6 +42,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def names_below(paths: Sequence[Path], all_paths: Sequence[Path]) -> list[str]:
+    """Names of files from the deepest folder on below which all of `all_paths` lie, as text."""
+    parents = [os.path.dirname(os.path.abspath(path)) for path in all_paths]
+    root = os.path.commonpath(parents) if parents else ""
+    return [plain_text(os.path.relpath(os.path.abspath(path), root)) for path in paths]
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """The first `most` names, with commas, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

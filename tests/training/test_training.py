@@ -20,7 +20,7 @@ from helpers_training import thin_detector, thin_trainer, write_pictures
 
 from efficientad import EfficientAD, load
 from efficientad.checkpoint import teachers
-from efficientad.cli.train import add_train, run_train
+from efficientad.cli.train import _Course, add_train, run_train
 from efficientad.data.layouts import open_dataset
 from efficientad.model.networks import PDN
 from efficientad.ops import differentiable_conv
@@ -609,9 +609,46 @@ def test_the_command_stops_and_resumes_and_says_so(folder, tmp_path, thin, monke
     printed = capsys.readouterr().out
     assert "resumed at step 2\nstep 3/4" in printed
     assert "images cannot show a rate of 0.01; the threshold is the highest" in printed
+    assert "held-out q_b - q_a: student-teacher " in printed
+    assert "with 95% confidence at most" in printed
+    assert "fit worst; is a bad part among them?\n  " in printed
+    assert (tmp_path / "a.scores.png").is_file()
+    (tmp_path / "a.scores.png").unlink()
     assert "anew" not in printed
-    assert train(*words, "--force") == 0
-    assert "resumed" not in capsys.readouterr().out
+    assert train(*words, "--force", "--no-picture") == 0
+    printed = capsys.readouterr().out
+    assert "resumed" not in printed
+    assert "fit worst" not in printed
+    assert not (tmp_path / "a.scores.png").exists()
+
+
+def test_the_live_line_says_loss_and_spread_on_a_terminal_alone(capsys):
+    seen = []
+
+    class Screen:
+        terminal = True
+
+        def __call__(self, what, done, total, said=""):
+            seen.append((what, done, said))
+
+    course = _Course(10, False, Screen())
+    course.progress("channel statistics", 1, 2)
+    course.progress("training", 0, 10)
+    entry = {"step": 2, "loss": 0.5, "quantiles": [0.1, 0.3, 0.2, 0.6]}
+    course.entry(entry | {"metrics": {"image AU-ROC": 0.9}})
+    course.progress("training", 3, 10)
+    spread = "q_b - q_a student-teacher 0.2, autoencoder 0.4"
+    assert seen == [
+        ("channel statistics", 1, ""),
+        ("training", 0, ""),
+        ("training", 3, f"loss 0.5000  {spread}"),
+    ]
+    printed = capsys.readouterr().out
+    assert printed.startswith("step 2/10  loss 0.5000  ")
+    assert "left\n" in printed
+    Screen.terminal = False
+    course.progress("training", 4, 10)
+    assert len(seen) == 3
 
 
 def test_the_licence_of_the_teacher_is_in_the_provenance(folder, tmp_path, thin):
