@@ -28,6 +28,7 @@ from efficientad.cli.model_files import (
     run_info,
 )
 from efficientad.cli.predict import add_predict, run_predict
+from efficientad.cli.serve import add_serve, run_serve
 from efficientad.cli.train import add_train, run_train
 from efficientad.utils.interrupts import terminated_like_interrupted
 
@@ -37,6 +38,7 @@ Run = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, tuple[Add, Run]] = {  # in the order of the help
     "train": (add_train, run_train),
     "predict": (add_predict, run_predict),
+    "serve": (add_serve, run_serve),
     "evaluate": (add_evaluate, run_evaluate),
     "calibrate": (add_calibrate, run_calibrate),
     "convert": (add_convert, run_convert),

@@ -13,6 +13,13 @@ AT_ONCE = 500  # rows in one transaction, so that verdicts do not wait long for 
 DAY, GIGABYTE = 86_400.0, 1e9
 
 
+def check_limits(days: float | None, gigabytes: float | None) -> None:
+    """Raise ValueError for a limit that is not above 0."""
+    for name, limit in (("days", days), ("gigabytes", gigabytes)):
+        if limit is not None:
+            check_number(name, limit, 0, above=True)
+
+
 class Retention:
     """Deletes what is older than `days`, then the oldest while there are more than `gigabytes`.
 
@@ -26,11 +33,8 @@ class Retention:
     """
 
     def __init__(self, store: Store, days: float | None, gigabytes: float | None) -> None:
-        self.store = store
-        self.days = None if days is None else check_number("days", days, 0, above=True)
-        self.gigabytes = (
-            None if gigabytes is None else check_number("gigabytes", gigabytes, 0, above=True)
-        )
+        check_limits(days, gigabytes)
+        self.store, self.days, self.gigabytes = store, days, gigabytes
 
     def apply(self, now: float | None = None) -> int:
         """Delete what is beyond the limits now; the number of verdicts that went."""

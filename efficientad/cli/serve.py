@@ -1,0 +1,172 @@
+"""The command `efficientad serve`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+from pathlib import Path
+
+from efficientad.cli.common import (
+    EXIT_OK,
+    UsageError,
+    build_predictor,
+    load_detector,
+    require_calibration,
+)
+
+KEY = "EFFICIENTAD_API_KEY"  # environment variable
+PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """Add the command's parser to those of the command line."""
+    command = commands.add_parser(
+        "serve",
+        help="judge pictures over HTTP, keep the verdicts, show them on a page",
+        epilog=f"The API key is read from the environment variable {KEY}, or from --key-file.",
+    )
+    command.add_argument(
+        "models", nargs="+", metavar="MODEL", help="detector file, or NAME=FILE (default: its name)"
+    )
+    command.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1)")
+    command.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
+    command.add_argument(
+        "--store", type=Path, default=Path("verdicts"), help="folder of the verdicts"
+    )
+    command.add_argument("--key-file", type=Path, metavar="FILE", help="file with the API key")
+    command.add_argument(
+        "--without-key", action="store_true", help="let everybody ask who reaches the address"
+    )
+    command.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="without a key: a name beside localhost by which this machine may be asked",
+    )
+    command.add_argument("--keep-days", type=float, metavar="DAYS", help="delete older verdicts")
+    command.add_argument(
+        "--keep-gb", type=float, metavar="GB", help="delete the oldest verdicts beyond this size"
+    )
+    command.add_argument(
+        "--no-fsync",
+        action="store_true",
+        help="do not wait for the disk: faster, and a power cut may lose the last verdicts",
+    )
+    command.add_argument(
+        "--min-area",
+        type=float,
+        default=0,
+        metavar="PIXELS",
+        help="leave out defects of fewer pixels of the picture",
+    )
+    _add_limits(command)
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    command.add_argument("--dtype", default="auto", help="as for predict")
+    command.add_argument("--batch-size", type=int, help="pictures in one step at most")
+    command.add_argument(
+        "--wait-ms",
+        type=float,
+        default=2.0,
+        metavar="MS",
+        help="that a picture waits for others to share its batch (default 2)",
+    )
+
+
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    """One option for each of `service.limits.Limits`."""
+    for option, kind, value, text in (
+        ("--max-body-mb", float, 64, "largest body of a request"),
+        ("--body-seconds", float, 30, "time in which a body must come"),
+        ("--max-megapixels", float, 64, "largest picture"),
+        ("--decode-seconds", float, 20, "longest time to decode a picture"),
+        ("--queue", int, 64, "pictures that wait for each model"),
+        ("--memory-gb", float, 2, "bodies and decoded pictures held at once"),
+    ):
+        command.add_argument(
+            option, type=kind, default=value, metavar="N", help=f"{text} (default {value})"
+        )
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    _require_extra()
+    from efficientad.service.core import digest_of
+    from efficientad.service.limits import Limits
+    from efficientad.service.server import Settings, run
+
+    limits = Limits(
+        body_mb=options.max_body_mb,
+        body_seconds=options.body_seconds,
+        megapixels=options.max_megapixels,
+        decode_seconds=options.decode_seconds,
+        queue=options.queue,
+        memory_gb=options.memory_gb,
+    )
+    if not 0 <= options.port < 65536:
+        raise UsageError(f"--port is {options.port}; it must be in 0..65535")
+    settings = Settings(
+        store=options.store,
+        host=options.host,
+        port=options.port,
+        key=_key(options),
+        hosts=("*",) if options.without_key else tuple(options.allow_host),
+        limits=limits,
+        wait_ms=options.wait_ms,
+        min_area=options.min_area,
+        durable=not options.no_fsync,
+        keep_days=options.keep_days,
+        keep_gb=options.keep_gb,
+    )
+    predictors = {}
+    for name, path in _models(options.models).items():
+        detector = load_detector(path, "cpu")
+        require_calibration(detector)
+        if detector.threshold is None:
+            print(f"{name} has no threshold: its pictures get scores and no verdicts")
+        predictors[name] = digest_of(path), build_predictor(detector, options)
+    run(predictors, settings)
+    return EXIT_OK
+
+
+def _require_extra() -> None:
+    for package in PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f"serve needs {package}: pip install 'efficientad[serve]'") from error
+
+
+def _key(options: argparse.Namespace) -> str | None:
+    """The API key, from a file or the environment; None for none."""
+    key = os.environ.get(KEY) or None
+    if options.key_file is not None:
+        if key is not None:
+            raise UsageError(f"--key-file is given, and {KEY} is set; leave one out")
+        key = options.key_file.read_text(encoding="utf-8").strip()
+        if not key:
+            raise UsageError(f"--key-file is {options.key_file}, which is empty")
+    if key is not None and options.without_key:
+        raise UsageError("--without-key contradicts the API key that is given; leave one out")
+    return key
+
+
+def _models(words: list[str]) -> dict[str, str]:
+    """Name -> path of the detectors to serve."""
+    models: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or os.path.exists(word):
+            name, path = Path(word).stem, word
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"MODEL is {word!r}, and {name!r} is no name: letters, digits, . _ - and at most "
+                "64 of them; give one as NAME=FILE"
+            )
+        if name in models:
+            raise UsageError(f"two models are called {name!r}; name them with NAME=FILE")
+        models[name] = path
+    return models
