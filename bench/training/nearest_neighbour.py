@@ -21,21 +21,27 @@ from torch import Tensor
 
 from bench import record
 from bench.training.accuracy import TABLE, Areas, add_rows, areas, row_of
-from efficientad.checkpoint.teachers import default_teacher
+from efficientad.checkpoint.loading import load_teacher
+from efficientad.checkpoint.teachers import default_teacher_path
 from efficientad.data.datasets import DataSet
 from efficientad.data.images import load_batches
 from efficientad.data.layouts import open_dataset
 from efficientad.distillation.backbones import load_backbone
 from efficientad.evaluation.metrics import PixelMetrics
 from efficientad.model.detector import EfficientAD
+from efficientad.training.start import teacher_digest
 
 BANK = 60_000  # cells
+_BLOCK = 2000  # of them at a time, so that the distances of an image's cells stay in the caches
 
 
 def nearest_distance(cells: Tensor, bank: Tensor) -> Tensor:
     """Euclidean distance of each row of cells (n, C) to the nearest row of bank (m, C)."""
-    squares = bank.square().sum(1) - 2 * cells @ bank.T  # without |cell|^2, which moves no minimum
-    return (squares.amin(1) + cells.square().sum(1)).clamp(min=0).sqrt()
+    best = torch.full((len(cells),), torch.inf)
+    for rows in bank.split(_BLOCK):  # without |cell|^2, which moves no minimum
+        squares = torch.addmm(rows.square().sum(1)[None], cells, rows.T, alpha=-2)
+        best = torch.minimum(best, squares.amin(1))
+    return (best + cells.square().sum(1)).clamp(min=0).sqrt()
 
 
 def draw_bank(features: Iterator[Tensor], images: int, size: int, seed: int) -> Tensor:
@@ -89,13 +95,15 @@ def network_features(network: torch.nn.Module) -> Callable[[Sequence[Path]], Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, help="data set with a test part and masks")
+    parser.add_argument("--teacher", type=Path, help="a teacher's file; the default one else")
     parser.add_argument("--backbone", type=Path, help="also of this backbone's features")
     parser.add_argument("--bank", type=int, default=BANK, help="cells of good images to compare")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=TABLE, help="the table")
     options = parser.parse_args()
     dataset = open_dataset(options.data)
-    networks: dict[str, torch.nn.Module] = {"default teacher, PDN-S": default_teacher()}
+    teacher = load_teacher(options.teacher or default_teacher_path(), "S")
+    networks: dict[str, torch.nn.Module] = {teacher_digest(teacher): teacher}
     if options.backbone is not None:
         networks[f"backbone {options.backbone.stem}"] = load_backbone(options.backbone)
     facts = record.about()
@@ -109,7 +117,7 @@ def main() -> None:
             f"patch nearest neighbour, {name}, {dataset.name}",
             facts,
             dataset=dataset.name,
-            size="S" if name.endswith("PDN-S") else None,
+            size="S" if network is teacher else None,
             teacher=name,
             steps=0,
             seconds=round(time.monotonic() - start, 1),
