@@ -86,6 +86,7 @@ def add_train(commands: Any) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--deterministic", action="store_true", help="the same bits every time on a GPU; slower")
     add("--workers", type=int, default=2, help="threads that decode and augment ahead")
+    add("--threads", type=int, help="that compute, on a CPU (default: as many as are fastest now)")
     add("--checkpoint", type=Path, help="state for --resume; default: OUT with suffix .training")
     add("--checkpoint-every", type=int, default=1000, metavar="N", help="steps")
     add("--resume", action="store_true", help="continue from the checkpoint if it is there")
@@ -163,6 +164,7 @@ def run_train(options: argparse.Namespace) -> int:
                 device=options.device,
                 dtype=options.dtype,
                 workers=options.workers,
+                threads=options.threads,
                 checkpoint=options.checkpoint,
                 checkpoint_every=options.checkpoint_every,
                 resume="auto" if options.resume else False,

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from efficientad.calibration.measuring import measure_precision
 from efficientad.checkpoint.native_file import save
 from efficientad.checkpoint.teachers import teacher_license
 from efficientad.data.datasets import DataSet
-from efficientad.data.layouts import open_dataset
 from efficientad.data.remarks import ValueRangeWarning, range_notes
 from efficientad.evaluation.evaluation import evaluate as measure
 from efficientad.model.calibration import FALSE_POSITIVE_RATE, Measure, Progress, calibrate
@@ -31,9 +30,8 @@ from efficientad.training.settings import (
     PenaltyWarning,
     Settings,
     TrainingStopped,
-    check_data,
-    check_files,
     determinism,
+    fastest_for_teacher,
 )
 from efficientad.training.short import ShortTrainer, brightened
 from efficientad.training.start import (
@@ -42,15 +40,10 @@ from efficientad.training.start import (
     start_from_teacher,
     teacher_digest,
 )
+from efficientad.training.task import Task, checked
 from efficientad.training.trainer import Trainer, write_history
-from efficientad.utils.checks import (
-    check_flag,
-    check_integer,
-    check_number,
-    check_path,
-    check_value_range,
-)
 from efficientad.utils.devices import choose_dtype, lay_out
+from efficientad.utils.threads import computing_threads
 
 CHECKPOINT_EVERY = 1000
 
@@ -76,6 +69,7 @@ def fit(
     device: str | torch.device = "auto",
     dtype: str = "auto",
     workers: int = 2,
+    threads: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = CHECKPOINT_EVERY,
     resume: bool | str = False,
@@ -92,45 +86,42 @@ def fit(
     Args:
         data: a folder of good images, a data set in a known layout, or a `DataSet`. Its validation
             part (one tenth of the good images where the data set brings none) is not trained on.
-        out: file to write; None writes none.
-        schedule: "paper": Algorithm 1. "short": minutes on a CPU (`training/short.py`). "instant":
-            no gradient step, a minute on a CPU (`training/closed_form.py`). None: "short" on a CPU
-            where none of `steps`, `penalty` and `warm_start` is given, else "paper".
+        schedule: "paper"; "short": minutes on a CPU (`short.py`); "instant": a minute, no gradient
+            step (`closed_form.py`). None: "short" on a CPU without any of `steps`, `penalty` and
+            `warm_start`, else "paper".
         size: "S" or "M". padding: True for the padded PDN. image_size: (height, width), >= 256.
-        steps, batch_size, learning_rate, weight_decay, hard_quantile: None: the schedule's, see
-            `training/schedules.py`. A loss is the mean of its images' own; hard_quantile 0 takes
-            the mean over all elements, an ablation of the paper.
-        teacher: a teacher's file, anything that `load_teacher` takes; None: the one that ships.
+        steps, batch_size, learning_rate, weight_decay, hard_quantile: None: the schedule's
+            (`training/schedules.py`). hard_quantile 0 takes the mean over all elements.
+        teacher: what `load_teacher` takes; None: the one that ships. out: file to write, or None.
         penalty: folder of photos of anything for the pretraining penalty (ImageNet in the paper);
-            without it that term is missing, which is said in a warning and in the provenance.
+            without it that term is missing, as a warning and the provenance say.
         warm_start: the student's inner layers start as the teacher's, where both have the same
-            shape, and only its last layers from random numbers. Not in the paper: for short
-            trainings (see docs/training.md).
-        false_positive_rate: see `calibrate`.
-        device: "auto", "cpu", "cuda:0" .... dtype: "float32", "bfloat16" (autocast), or "auto":
-            bfloat16 where the device computes in it.
-        workers: threads that decode and augment ahead.
-        checkpoint: state to resume from; None: beside `out`, if there is one. Beside it goes the
-            history, as JSON. checkpoint_every: steps.
+            shape, and only its last layers from random numbers (docs/training.md); not the paper's.
+        false_positive_rate: see `calibrate`. device: "auto", "cpu", "cuda:0" ....
+        dtype: "float32", "bfloat16" (autocast), "auto": bfloat16 where the device computes in it.
+        workers: threads that decode and augment ahead. threads: torch's, on a CPU; None: as many
+            as are fastest now, or those of the training that is resumed.
+        checkpoint: state to resume from, every checkpoint_every steps, with the history beside it
+            as JSON; None: beside `out`, if there is one.
         resume: True continues from the checkpoint, "auto" does if it is there, False starts anew.
             On a CPU with the same number of threads the result is the same bit for bit.
-        force: replace a checkpoint that is there, which is refused otherwise.
-        evaluate_every, log_every: steps between evaluations on the test images (0: none) and
-            between entries of the history. deterministic: the same bits on a GPU too, slower.
-        value_range: (low, high) of samples above 8 bits, kept in the detector (`data/samples.py`).
-        progress: called with (what, done, total). on_history: with every entry of the history.
+        force: replace a checkpoint that is there; refused otherwise. evaluate_every, log_every:
+            steps between evaluations on the test images (0: none) and between entries of the
+            history. deterministic: the same bits on a GPU too, slower.
+        value_range: (low, high) of samples above 8 bits (`data/samples.py`). progress: called with
+            (what, done, total). on_history: with every entry of the history.
 
     Returns:
         The detector, calibrated, float32, on the CPU, in eval mode. `provenance` says what it was
-        made from; "teacher_license" is there where the teacher's file names one, the default's too.
+        made from, and the licence that its teacher's file names.
 
     Raises:
         ValueError: bad arguments, too few images, none that can be read of those held out.
         TrainingError: a loss that is not finite, or a checkpoint of another training.
-        FileNotFoundError: data, photos, teacher or a checkpoint to resume that do not exist.
-        FileExistsError: a checkpoint is there, and neither `resume` nor `force` is given.
+        FileNotFoundError, FileExistsError: data, photos, teacher or checkpoint that are not there,
+            or a checkpoint that is, with neither `resume` nor `force`.
         OSError: a file cannot be written; the last checkpoint is whole.
-        TrainingStopped: Ctrl-C, a KeyboardInterrupt; the step's state is written first.
+        TrainingStopped: Ctrl-C; the step's state is written first.
     """
     started = time.monotonic()
     asked: dict[str, Any] = {
@@ -142,44 +133,20 @@ def fit(
     schedule, device = choose_schedule(schedule, device, asked)
     dtype = choose_dtype(dtype, device)
     settings = Settings(**settings_of(schedule, asked), seed=seed, dtype=dtype, log_every=log_every)
-    task, dataset = _check(data, force, _Task(
+    task, dataset = checked(data, force, Task(
         settings, device, schedule=schedule, out=out, checkpoint=checkpoint, resume=resume,
         size=size, padding=padding, image_size=image_size, teacher=teacher, penalty=penalty,
         warm_start=warm_start, false_positive_rate=false_positive_rate, workers=workers,
+        threads=threads,
         checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, value_range=value_range,
         deterministic=deterministic, progress=progress, on_history=on_history,
     ))  # fmt: skip
     parts = _prepare(task, dataset)
-    trained = (_solve if schedule == "instant" else _train)(task, dataset, parts)
-    parts.detector.provenance.update(_provenance(task, dataset, parts, trained, started))
+    with computing_threads(_threads(task, parts)):
+        trained = (_solve if schedule == "instant" else _train)(task, dataset, parts)
+        parts.detector.provenance.update(_provenance(task, dataset, parts, trained, started))
     _save(task, parts.detector)
     return parts.detector
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What `fit` was asked for; see there. After `_check`, resume is a bool."""
-
-    settings: Settings
-    device: torch.device
-    schedule: str
-    out: str | os.PathLike | None
-    checkpoint: str | os.PathLike | None
-    resume: bool | str
-    size: str
-    padding: bool
-    image_size: tuple[int, int]
-    teacher: PDN | str | os.PathLike | None
-    penalty: str | os.PathLike | None
-    warm_start: bool
-    false_positive_rate: float
-    workers: int
-    checkpoint_every: int
-    evaluate_every: int
-    deterministic: bool
-    value_range: tuple[float, float] | None
-    progress: Progress | None
-    on_history: Callable[[dict[str, Any]], None] | None
 
 
 class _Parts(NamedTuple):
@@ -198,35 +165,7 @@ class _Trained(NamedTuple):
     unreadable: list[tuple[str, str]]
 
 
-def _check(data: DataSet | str | os.PathLike, force: bool, task: _Task) -> tuple[_Task, DataSet]:
-    """The task with its files settled, and its data. Raises what `fit` does, before the work."""
-    check_number("false_positive_rate", task.false_positive_rate, 0, 1)
-    for name, value in {
-        "padding": task.padding,
-        "warm_start": task.warm_start,
-        "force": force,
-        "deterministic": task.deterministic,
-    }.items():
-        check_flag(name, value)
-    check_integer("workers", task.workers, 0)
-    check_integer("checkpoint_every", task.checkpoint_every, 1)
-    check_integer("evaluate_every", task.evaluate_every, 0)
-    penalty, teacher = task.penalty, task.teacher
-    if penalty is not None:
-        for folder in penalty if isinstance(penalty, (list, tuple)) else [penalty]:
-            check_path("penalty", folder, "a folder of photos")
-    if teacher is not None and not isinstance(teacher, PDN):
-        check_path("teacher", teacher, "a teacher's file")
-    out, checkpoint, resume = check_files(
-        task.out, task.checkpoint, task.resume, force, stateless=task.schedule == "instant"
-    )
-    dataset = data if isinstance(data, DataSet) else open_dataset(data)
-    task = replace(task, value_range=check_value_range(task.value_range))
-    check_data(dataset, task.evaluate_every, task.value_range)
-    return replace(task, out=out, checkpoint=checkpoint, resume=resume), dataset
-
-
-def _prepare(task: _Task, dataset: DataSet) -> _Parts:
+def _prepare(task: Task, dataset: DataSet) -> _Parts:
     """The detector on its device, and the source of its pictures."""
     seed = task.settings.seed
     detector = new_detector(task.size, task.padding, task.image_size, seed, task.teacher)
@@ -273,7 +212,14 @@ def _prepare(task: _Task, dataset: DataSet) -> _Parts:
     return _Parts(detector, source, identity, license)
 
 
-def _solve(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
+def _threads(task: Task, parts: _Parts) -> int:
+    """To compute with; a training that is resumed takes its own, see `_train`."""
+    if task.threads is None and task.device.type == "cpu" and not task.resume:
+        return fastest_for_teacher(parts.detector, task.settings)
+    return task.threads or torch.get_num_threads()
+
+
+def _solve(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
     """The last layers in closed form, then the calibration."""
     settings = task.settings
     closed_form.solve_last_layers(
@@ -294,7 +240,7 @@ def _solve(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
     return _Trained(facts, _calibrate(task, dataset, parts.detector, measure_precision))
 
 
-def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
+def _train(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
     """All steps, then the calibration; leaves the detector on the CPU."""
     detector = parts.detector
 
@@ -310,6 +256,8 @@ def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
         if task.resume:
             assert task.checkpoint is not None  # `check_files` has seen to it
             trainer.resume(task.checkpoint)
+            if task.threads is None and trainer.threads is not None:
+                torch.set_num_threads(trainer.threads)
         else:
             trainer.prepare(task.workers, task.progress)
         first = trainer.step
@@ -349,7 +297,7 @@ def _train(task: _Task, dataset: DataSet, parts: _Parts) -> _Trained:
 
 
 def _calibrate(
-    task: _Task, dataset: DataSet, detector: EfficientAD, precision: Measure | None = None
+    task: Task, dataset: DataSet, detector: EfficientAD, precision: Measure | None = None
 ) -> list[tuple[str, str]]:
     """Calibrate on what was held out; (path, reason) of what could not be read."""
     unreadable: list[tuple[str, str]] = []
@@ -367,7 +315,7 @@ def _calibrate(
 
 
 def _provenance(
-    task: _Task, dataset: DataSet, parts: _Parts, trained: _Trained, started: float
+    task: Task, dataset: DataSet, parts: _Parts, trained: _Trained, started: float
 ) -> dict[str, Any]:
     """What the detector was made from. started: `time.monotonic()` when `fit` began."""
     images, photos = parts.source.images, parts.source.photos
@@ -389,7 +337,7 @@ def _provenance(
     return {"training": training, "teacher_license": parts.license}
 
 
-def _save(task: _Task, detector: EfficientAD) -> None:
+def _save(task: Task, detector: EfficientAD) -> None:
     """Write the detector, if a file is named."""
     if task.out is None:
         return

@@ -12,9 +12,11 @@ import torch
 
 from efficientad.data.datasets import DataSet
 from efficientad.data.decoding import ImageError, read_image
+from efficientad.model.detector import EfficientAD
 from efficientad.model.good_images import GoodImagesSeen
 from efficientad.training.losses import HARD_QUANTILE
 from efficientad.utils.checks import ValueRange, check_integer, check_number, check_writable
+from efficientad.utils.threads import fastest_threads
 
 
 class TrainingError(ValueError):
@@ -146,6 +148,18 @@ def check_data(
         f"none of the {len(failed)} held-out images can be read, on which the threshold would "
         f"rest: {'; '.join(failed[:5])}{more}"
     )
+
+
+@torch.no_grad()
+def fastest_for_teacher(detector: EfficientAD, settings: Settings) -> int:
+    """The number of threads with which the teacher is fastest on this CPU, as it is now."""
+    images = torch.zeros(2, 3, *detector.image_size)
+
+    def work() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            detector.teacher(images)
+
+    return fastest_threads(work)
 
 
 @contextmanager

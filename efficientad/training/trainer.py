@@ -70,6 +70,7 @@ class Trainer:
         self.identity = {**(identity or {}), **asdict(settings)}
         self.device = detector.teacher_mean.device
         self.step = 0
+        self.threads: int | None = None  # those of a CPU that the state was made with
         self.history: History = []
         self.half = settings.dtype == "bfloat16"
         named = [
@@ -281,6 +282,7 @@ class Trainer:
         facts = {
             "step": self.step,
             "summed": self._summed,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "identity": self.identity,
             "images": images.digest(),
             "failed": images.failed,
@@ -320,7 +322,7 @@ class Trainer:
         self._graph = None
         self._features.clear()
         self.step, self._summed = int(facts["step"]), int(facts["summed"])
-        self.history = list(facts["history"])
+        self.history, self.threads = list(facts["history"]), facts.get("threads")
 
 
 def write_history(checkpoint: str | os.PathLike | None, history: History) -> None:

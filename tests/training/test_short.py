@@ -9,6 +9,7 @@ import torch
 from helpers_training import thin_detector, write_pictures
 
 from efficientad.training import closed_form, fitting
+from efficientad.training import settings as training_settings
 from efficientad.training.fitting import fit
 from efficientad.training.losses import hard_loss, standardized
 from efficientad.training.pictures import PictureSource, TrainingImages, to_rgb
@@ -197,6 +198,33 @@ def test_a_resumed_training_ends_with_the_same_bits(folder, tmp_path, monkeypatc
     assert same_bits(whole, again)  # all its steps were done
     with pytest.raises(TrainingError, match="schedule"):
         fit(folder, checkpoint=tmp_path / "state", resume=True, **options | {"schedule": "paper"})
+
+
+@pytest.mark.usefixtures("thin")
+def test_a_resumed_training_takes_the_threads_of_its_state(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "save", lambda *_: None)
+    options = {"schedule": "short", "steps": 2, "checkpoint": tmp_path / "state"}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        first = fit(folder, threads=1, **options)
+        resumed = fit(folder, resume=True, **options)
+        told = fit(folder, resume=True, threads=2, **options)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    used = [made.provenance["training"]["threads"] for made in (first, resumed, told)]
+    assert used == [1, 1, 2]
+    assert same_bits(first, resumed)
+
+
+@pytest.mark.usefixtures("thin")
+def test_the_number_of_threads_is_measured_unless_it_is_given(folder, monkeypatch):
+    monkeypatch.setattr(fitting, "save", lambda *_: None)
+    monkeypatch.setattr(training_settings, "fastest_threads", lambda work: work() or 1)
+    assert fit(folder, schedule="short", steps=1).provenance["training"]["threads"] == 1
+    with pytest.raises(ValueError, match="threads is 0; it must be an integer >= 1"):
+        fit(folder, threads=0)
 
 
 @pytest.mark.usefixtures("thin")
