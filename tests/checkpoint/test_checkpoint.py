@@ -56,7 +56,9 @@ def variant(saved, tmp_path, tensors=None, **metadata):
     """A copy of the saved file with other tensors or header entries and a fitting checksum."""
     new = load_file(saved[1]) | (tensors or {})
     new = {name: value for name, value in new.items() if value is not None}
-    head = header(saved[1]) | {"sha256": native_file._digest(new)} | metadata
+    head = header(saved[1]) | metadata
+    texts = {name: head[name] for name in native_file._TEXTS if head[name] is not None}
+    head |= {"sha256": native_file._digest(new, texts)}
     path = tmp_path / "variant.safetensors"
     save_file(new, path, {k: v for k, v in head.items() if v is not None})
     return path
@@ -77,7 +79,7 @@ def test_round_trip(saved):
     assert not loaded.training
     assert torch.equal(loaded.affine, detector.affine)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    assert header(path)["format_version"] == "1"
+    assert header(path)["format_version"] == "2"
 
 
 @pytest.fixture
@@ -155,10 +157,36 @@ def test_a_flipped_bit_in_a_weight_fails(saved, tmp_path):
     position = json.loads(data[8:start])["student.conv3.weight"]["data_offsets"][0] + start
     data[position] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="checksum of the tensors differs"):
+    with pytest.raises(CheckpointError, match="checksum of the file differs"):
         load(path)
     difference = load(path, verify=False).student.conv3.weight - saved[0].student.conv3.weight
     assert 0 < difference.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("text", [b"-0.125", b'image_size\\": [2', b"notes", b"map_st_mean"])
+def test_a_changed_setting_fails(saved, tmp_path, text):
+    """Settings that no golden value shows: a threshold read wrong is a wrong verdict."""
+    data = saved[1].read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    assert data[: 8 + size].count(text) == 1
+    place = data.index(text) + len(text) - 1
+    changed = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    (tmp_path / "x").write_bytes(changed)
+    with pytest.raises(CheckpointError, match="checksum of the file differs"):
+        load(tmp_path / "x")
+
+
+def test_a_file_of_the_first_version_is_read(saved, tmp_path):
+    """Its checksum is that of the tensors alone."""
+    with safe_open(saved[1], framework="pt") as file:
+        head, tensors = file.metadata(), load_file(saved[1])
+    path = tmp_path / "x"
+    digest = native_file._digest(tensors, {})
+    save_file(tensors, path, head | {"format_version": "1", "sha256": digest})
+    assert_equal_state(load(path), saved[0])
+    save_file(tensors, path, head | {"format_version": "1"})
+    with pytest.raises(CheckpointError, match="checksum"):
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +239,8 @@ def test_a_header_length_that_looks_like_a_pickle(saved, tmp_path, length):
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [
-        ({"format_version": "2"}, "format version '2'.*upgrade efficientad"),
+        ({"format_version": "3"}, "format version '3'.*upgrade efficientad"),
+        ({"format_version": "0"}, "format version '0'"),
         ({"format_version": "x"}, "format version 'x'"),
         ({"config": None}, "KeyError"),
         ({"config": "[" * 100_000}, "Recursion"),
