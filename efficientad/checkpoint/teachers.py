@@ -63,7 +63,7 @@ def teacher_facts(path: str | os.PathLike) -> dict[str, Any]:
         if header.get("format") != FORMAT:
             return {}
         return {k: json.loads(v) if v[:1] in "{[" else v for k, v in header.items()}
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} has no readable header: {error}") from None
 
 

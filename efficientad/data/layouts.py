@@ -267,7 +267,7 @@ def _read_saturation(root: Path) -> dict[int, Saturation]:
             try:
                 entries = json.loads(path.read_text(encoding="utf-8-sig"))
                 return {int(entry["pixel_value"]): _saturation(entry) for entry in entries}
-            except (KeyError, TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
                 raise ValueError(f"{path} is not a defects_config.json: {error!r}") from error
     return {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable
+from os.path import exists, isfile  # False for names that no system can have
 from pathlib import Path
 
 from efficientad.utils.folders import visible
@@ -84,14 +85,14 @@ def listed_file(root: Path, name: str) -> Path:
     Where there is none it is the path as it was written, with "/".
     """
     plain = root / name
-    if plain.is_file() or not name:
+    if isfile(plain) or not name:
         return plain
     plain = root / name.replace("\\", "/")
-    if plain.is_file() or not plain.is_relative_to(root):
+    if isfile(plain) or not plain.is_relative_to(root):
         return plain
     found = root
     for part in plain.relative_to(root).parts:
-        if not (found / part).exists():
+        if not exists(found / part):
             alike = [p for p in visible(found) if p.name.casefold() == part.casefold()]
             if len(alike) != 1:
                 return plain

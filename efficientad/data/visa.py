@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from efficientad.data.datasets import GOOD, DataSet, Sample, split_validation
@@ -47,7 +48,7 @@ def open_visa(root: Path, category: str | None) -> DataSet:
     if not parts["train"] or any(sample.label for sample in parts["train"]):
         raise ValueError(f"{path}: the training images of {category} must be normal, and some")
     listed = [sample.path for sample in (*parts["train"], *parts["test"])]
-    if not any(image.is_file() for image in listed):
+    if not any(map(os.path.isfile, listed)):
         raise FileNotFoundError(
             f"{path} lists {len(listed)} images of {category}, none of which exists; first: "
             f"{listed[0]}"

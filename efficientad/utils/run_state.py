@@ -68,7 +68,7 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, An
         if header.get("format") != FORMAT:
             raise ValueError(f"{path} is not the state of a training run")
         facts = json.loads(header["facts"])
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not the state of a training run: {error}") from None
     if not isinstance(facts, dict):
         raise ValueError(f"{path} is damaged: its facts are not a JSON object")

@@ -150,9 +150,14 @@ def test_loco_rules(tmp_path: Path) -> None:
     assert Saturation("a", 0.5, True).area(5) == 2
     assert Saturation("a", 0.5, True).area(1) == 1
     root = loco(tmp_path / "pushpins")
-    (root / "defects_config.json").write_text('[{"pixel_value": 255}]')
-    with pytest.raises(ValueError, match="defects_config"):
-        open_dataset(root)
+    for text in (
+        '[{"pixel_value": 255}]',
+        "[" * 100_000,
+        '[{"pixel_value": 1e999, "relative_saturation": false, "saturation_threshold": 1}]',
+    ):
+        (root / "defects_config.json").write_text(text)
+        with pytest.raises(ValueError, match="defects_config"):
+            open_dataset(root)
     (root / "defects_config.json").unlink()
     data = open_dataset(root)
     assert data.saturation == {}

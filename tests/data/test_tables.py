@@ -100,3 +100,5 @@ def test_files_are_found_in_another_case(tmp_path: Path) -> None:
     assert listed_file(tmp_path, "Data/B.PNG") == tmp_path / "Data/B.PNG"  # either could be meant
     assert listed_file(tmp_path, r"data\c.png") == tmp_path / "data/c.png"
     assert listed_file(tmp_path, "/elsewhere/a.png") == Path("/elsewhere/a.png")
+    for name in ("x" * 5000, "Data/" + "x" * 300 + "/a.png", "a\0.png"):  # no system has such
+        assert listed_file(tmp_path, name) == tmp_path / name

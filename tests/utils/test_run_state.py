@@ -130,7 +130,7 @@ def test_a_missing_file(tmp_path):
         load_state(tmp_path / "none")
 
 
-@pytest.mark.parametrize("damage", ["empty", "short", "header", "text", "foreign", "facts"])
+@pytest.mark.parametrize("damage", ["empty", "short", "header", "text", "foreign", "facts", "deep"])
 def test_damaged_and_foreign_files(tmp_path, damage):
     path = tmp_path / "run.state"
     save_state(path, {"a": torch.randn(100)}, {"step": 1})
@@ -146,7 +146,8 @@ def test_damaged_and_foreign_files(tmp_path, damage):
     elif damage == "foreign":
         save_file({"a": torch.zeros(1)}, path)
     else:
-        save_file({"a": torch.zeros(1)}, path, {"format": run_state.FORMAT, "facts": "{"})
+        facts = "{" if damage == "facts" else "[" * 100_000
+        save_file({"a": torch.zeros(1)}, path, {"format": run_state.FORMAT, "facts": facts})
     with pytest.raises(ValueError, match=r"run\.state is (damaged|not the state)"):
         load_state(path)
 
