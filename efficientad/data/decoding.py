@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from efficientad.data.pillow_modes import pillow_levels
 from efficientad.data.profiles import apply_profile
 from efficientad.data.samples import levels_of
 from efficientad.utils.checks import ValueRange
+from efficientad.utils.memory import give_back_freed
 
 _ORIENTATION = 274  # EXIF and TIFF tag
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 262, 277, 284, 339  # TIFF tags
+_LARGE = 50_000_000  # levels of a picture from which on memory is looked after
 
 
 class ImageError(ValueError):
@@ -59,6 +62,13 @@ def read_image(source: Any, value_range: ValueRange | None = None) -> np.ndarray
     without an agreed range; its subclass MissingImage, which is a FileNotFoundError too, for a path
     that does not exist.
     """
+    pixels = _read(source, value_range)
+    if pixels.size > _LARGE:
+        give_back_freed()
+    return pixels
+
+
+def _read(source: Any, value_range: ValueRange | None) -> np.ndarray:
     name = source_name(source)
     if not _is_encoded(source):
         if hasattr(source, "detach"):  # numpy refuses a tensor that requires a gradient
@@ -207,7 +217,9 @@ def _deep_tiff(image: Any, stream: Any) -> Deep | None:
     try:
         with tifffile.TiffFile(stream) as file:
             page = file.pages[0]
-            pixels, axes = page.asarray(), page.axes
+            pixels, axes = _tiff_pixels(page), page.axes
+    except _Incomplete:
+        raise
     except Exception:
         plain = tags.get(_PLANES, 1) == 1 and space != 0
         if bits == 16 and unsigned and plain:
@@ -223,6 +235,29 @@ def _deep_tiff(image: Any, stream: Any) -> Deep | None:
     return Deep(pixels, maximum)
 
 
+class _Incomplete(ValueError):
+    """A TIFF lacks some of its pixels."""
+
+
+def _tiff_pixels(page: Any) -> np.ndarray:
+    """The pixels of a page as `page.asarray()`, which fills what is missing with zeros."""
+    missing = number = math.prod(page.chunked)
+    plain = page.compression == 1 and len(page.dataoffsets) == len(page.databytecounts) == number
+    if plain and all(page.dataoffsets) and sum(page.databytecounts) >= page.nbytes:
+        return page.asarray()  # nothing is missing, and it is read at once
+    out = np.empty(page.shaped, page.dtype)  # planes, depth, rows, columns, samples
+    for segment, (plane, *at, _), shape in page.segments():
+        if segment is None or segment.shape[:3] != shape[:3]:
+            break
+        inside = [min(n, whole - k) for n, whole, k in zip(shape, out.shape[1:4], at, strict=False)]
+        target = (plane, *(slice(k, k + n) for k, n in zip(at, inside, strict=True)))
+        out[target] = segment[tuple(map(slice, inside))]
+        missing -= 1
+    if missing:
+        raise _Incomplete(f"{missing} of its {number} strips or tiles are missing")
+    return out.reshape(page.shape)
+
+
 def _deep_png(image: Any, stream: Any) -> Deep | None:
     """A colour PNG of 16 bits, of which Pillow gives the high bytes or, asked so, the low ones."""
     if image.format != "PNG" or stream is None or not image.tile:
@@ -236,16 +271,27 @@ def _deep_png(image: Any, stream: Any) -> Deep | None:
         return Deep(high << 8 | np.asarray(again), 65535)
 
 
-def raw_samples(source: Any) -> tuple[np.ndarray, int] | None:
-    """(samples as the file has them, largest value of their type), None where it has no whole type.
+def sample_extrema(source: Any) -> tuple[float, float, int] | None:
+    """(smallest, largest sample as the file has them, largest value of their type).
 
-    For looking at what numbers a file holds. Errors as `read_image`.
+    None where the samples are of no whole type. For looking at what numbers a file holds; errors as
+    `read_image`.
     """
+    found = _extrema(source)
+    give_back_freed()
+    return found
+
+
+def _extrema(source: Any) -> tuple[float, float, int] | None:
     with naming_errors(source_name(source), source), opened(source) as (image, stream):
         deep = _deep_tiff(image, stream) or _deep_png(image, stream)
-        pixels = np.asarray(image) if deep is None else deep.pixels
-        if pixels.dtype == np.int32:  # Pillow's for 16 bits
-            return pixels, 65535
-        if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
+        if deep is not None:
+            pixels, limit = deep
+            if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
+                return None
+            return float(pixels.min()), float(pixels.max()), limit
+        if image.mode == "F":
             return None
-        return pixels, int(np.iinfo(pixels.dtype).max) if deep is None else deep.maximum
+        found = np.array(image.getextrema(), np.float64)  # by Pillow: no copy of the pixels
+        wide = image.mode == "I" or image.mode.startswith("I;16")
+        return float(found.min()), float(found.max()), 65535 if wide else 255

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from efficientad.data.decoding import ImageError, naming_errors, raw_samples
+from efficientad.data.decoding import ImageError, naming_errors, sample_extrema
 from efficientad.data.opening import opened
 from efficientad.data.profiles import profile_use
 from efficientad.utils.checks import ValueRange
@@ -66,13 +66,12 @@ def range_notes(paths: Sequence[Path], value_range: ValueRange | None = None) ->
     low, high, limit, looked = np.inf, 0.0, 0, 0
     for path in _some(paths):
         try:
-            read = raw_samples(path)
+            read = sample_extrema(path)
         except ImageError:
             continue
-        if read is None or (limit and read[1] != limit):
+        if read is None or (limit and read[2] != limit):
             return []
-        pixels, limit = read
-        low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        low, high, limit = min(low, read[0]), max(high, read[1]), read[2]
         looked += 1
     if not looked or (high if limit == 255 else high - low) > _SHARE * limit:
         return []
@@ -110,7 +109,9 @@ def _header(path: Path) -> tuple[list[str], bool]:
 def _is_clear(path: Path) -> bool:
     try:
         with naming_errors(str(path), path), opened(path) as (image, _):
-            return bool(image.convert("RGBA").getchannel("A").getextrema()[0] < 255)
+            if "A" not in image.getbands():
+                image = image.convert("RGBA")
+            return bool(image.getchannel("A").getextrema()[0] < 255)
     except ImageError:
         return False
 

@@ -373,7 +373,7 @@ def anomaly_map(
     combined = a_st * st + a_ae * ae + (offset - frame)
     combined = torch.where(combined.isfinite(), combined, torch.nan)
     padded = F.pad(combined[:, None], (padding,) * 4)
-    up = F.interpolate(padded, size=size, mode="bilinear")[:, 0] + frame
+    up = F.interpolate(padded, size=size, mode="bilinear")[:, 0].add_(frame)  # in place: large
     score = up.amax(dim=(-2, -1))
     # A downscale may skip cells; a value that is not finite counts wherever it is.
     score = torch.where(combined.isnan().any(-1).any(-1), torch.nan, score)

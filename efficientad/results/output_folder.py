@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from efficientad.results.overlay import overlay
+from efficientad.results.overlay import overlay_strips
 from efficientad.results.prediction import Prediction
 from efficientad.results.report import ReportItem, thumbnail, write_report
 from efficientad.utils.checks import check_number
@@ -33,11 +33,19 @@ def write_tiff(path: Path, anomaly_map: np.ndarray) -> None:
     replace_file(path, lambda temporary: tifffile.imwrite(temporary, values))
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Write a uint8 image (H, W, 3) as PNG; whole or not at all."""
+def write_picture(path: Path, picture: Any) -> None:
+    """Write a Pillow image as PNG; whole or not at all."""
+    replace_file(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def overlay_picture(image: np.ndarray, anomaly_map: np.ndarray, threshold: float | None) -> Any:
+    """`overlay` as a Pillow image, without a second copy of a large picture."""
     from PIL import Image
 
-    replace_file(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+    picture = Image.new("RGB", (image.shape[1], image.shape[0]))
+    for rows, part in overlay_strips(image, anomaly_map, threshold):
+        picture.paste(Image.fromarray(part), (0, rows.start))
+    return picture
 
 
 def output_names(paths: Sequence[Path]) -> list[Path]:
@@ -80,7 +88,7 @@ def earlier_files(root: Path) -> list[Path]:
     try:
         document = json.loads((root / "scores.json").read_text(encoding="utf-8"))
         names = [Path(name) for name in document["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     ours = [
         name
@@ -89,7 +97,7 @@ def earlier_files(root: Path) -> list[Path]:
         and ".." not in name.parts
         and name.suffix in _PICTURES
     ]
-    return [root / name for name in ours if (root / name).is_file()]
+    return [root / name for name in ours if os.path.isfile(root / name)]
 
 
 @dataclass
@@ -171,7 +179,7 @@ class ResultFolder:
                 self.files.append(path.relative_to(self.root).as_posix())
             if self.overlays is not None:
                 path = self.overlays / name.with_name(f"{name.name}.png")
-                write_png(path, overlay(image, prediction.anomaly_map, self.threshold))
+                write_picture(path, overlay_picture(image, prediction.anomaly_map, self.threshold))
                 self.files.append(path.relative_to(self.root).as_posix())
         except OSError as error:
             self.fail(source, f"scored, but not written: {error.strerror or error}")

@@ -7,12 +7,15 @@ the same anomaly in every picture of a data set, and a good part looks calm.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 
+from efficientad.data.samples import strips
 from efficientad.model.detector import MAP_AT_QB
 
+_TEMPORARY = 16  # numbers a pixel that blending holds for a moment
 NAN_COLOR = (0, 230, 150)  # not in the colour map
 STOPS = (  # position on the scale, RGB; lightness rises evenly from dark blue to pale yellow
     (0.00, (24, 20, 92)),
@@ -111,9 +114,12 @@ def shrink_map(values: np.ndarray, limit: int) -> np.ndarray:
     block = max(1, min(max(values.shape) // limit, *values.shape))
     if block == 1:
         return values
-    rows, cols = (-(-n // block) * block for n in values.shape)
-    padded = np.pad(values, ((0, rows - values.shape[0]), (0, cols - values.shape[1])), mode="edge")
-    return padded.reshape(rows // block, block, cols // block, block).max((1, 3))
+    rows = []
+    for top in range(0, values.shape[0], block):
+        strip = values[top : top + block].max(0)
+        strip = np.pad(strip, (0, -len(strip) % block), mode="edge")
+        rows.append(strip.reshape(-1, block).max(1))
+    return np.stack(rows)
 
 
 def _grown(mask: np.ndarray, steps: int) -> np.ndarray:
@@ -156,21 +162,54 @@ def overlay(
         ValueError: wrong shape or dtype, or strength outside 0..1.
     """
     image = check_image(image)
+    out = np.empty_like(image, order="C")
+    for rows, part in overlay_strips(
+        image, anomaly_map, threshold, strength=strength, contour=contour
+    ):
+        out[rows] = part
+    return out
+
+
+def overlay_strips(
+    image: np.ndarray,
+    anomaly_map: np.ndarray,
+    threshold: float | None,
+    *,
+    strength: float = 0.8,
+    contour: bool = True,
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """`overlay` as (rows, their pixels) from top to bottom: little memory for a large picture."""
+    image = check_image(image)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}; it must be in 0..1")
+    height, width = image.shape[:2]
     scale = map_scale(threshold)
-    values = resize_map(anomaly_map, image.shape[:2])
+    values = resize_map(anomaly_map, (height, width))
+    parts = list(strips(height, width, _TEMPORARY))
+    line = 0
+    if contour and threshold is not None and math.isfinite(threshold):
+        some = any((values[rows] > threshold).any() for rows in parts)
+        if some and not all((values[rows] > threshold).all() for rows in parts):
+            line = max(1, round(min(height, width) / 400))
+    for rows in parts:
+        part = _blended(image[rows], values[rows], scale, strength)
+        if line:
+            top = max(0, rows.start - line)
+            near = values[top : rows.stop + line] > threshold
+            here = slice(rows.start - top, rows.stop - top)
+            above = near[here]
+            part[_grown(near, line)[here] & ~above] = (20, 20, 24)
+            part[above & _grown(~near, line)[here]] = 255
+        yield rows, part
+
+
+def _blended(
+    image: np.ndarray, values: np.ndarray, scale: tuple[float, float], strength: float
+) -> np.ndarray:
     place = _positions(values, scale)
     alpha = np.float32(strength) * np.sqrt(np.where(np.isnan(place), 1, place))[..., None]
     out = image + (colorize(values, scale) - image.astype(np.float32)) * alpha
-    out = np.rint(out).astype(np.uint8)
-    if contour and threshold is not None and math.isfinite(threshold):
-        above = values > threshold
-        if above.any() and not above.all():
-            width = max(1, round(min(image.shape[:2]) / 400))
-            out[_grown(above, width) & ~above] = (20, 20, 24)
-            out[above & _grown(~above, width)] = 255
-    return out
+    return np.rint(out).astype(np.uint8)
 
 
 def colorbar(length: int = 256, thickness: int = 14) -> np.ndarray:

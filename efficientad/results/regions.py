@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from efficientad.data.samples import strips
 from efficientad.utils.checks import check_number
 
 
@@ -55,15 +56,17 @@ def anomalous_regions(
 
     check_number("min_area", min_area, 0)
     values = np.asarray(anomaly_map, dtype=np.float32)
-    above = ~(values <= threshold)
+    above = np.less_equal(values, np.float32(threshold))
+    np.logical_not(above, out=above)
     if not above.any():
         return []
-    labels, _ = ndimage.label(above, structure=np.ones((3, 3)))
+    labels = _labelled(above)
+    places = ndimage.find_objects(labels)
+    areas, scores = _areas_and_scores(labels, values, len(places))
     (rows, columns), (height, width) = values.shape, source_size
     regions = []
-    for number, place in enumerate(ndimage.find_objects(labels), start=1):
-        inside = values[place][labels[place] == number]
-        area = max(1, round(inside.size * (height * width) / (rows * columns)))
+    for number, place in enumerate(places):
+        area = max(1, round(int(areas[number]) * (height * width) / (rows * columns)))
         if area < min_area:
             continue
         y, x = place
@@ -73,5 +76,30 @@ def anomalous_regions(
             -(-x.stop * width // columns),
             -(-y.stop * height // rows),
         )
-        regions.append(AnomalousRegion(box, area, float(inside.max())))
+        regions.append(AnomalousRegion(box, area, float(scores[number])))
     return sorted(regions, key=lambda r: (-math.inf if math.isnan(r.score) else -r.score, r.box))
+
+
+def _labelled(above: np.ndarray) -> np.ndarray:
+    """Numbers 1, 2, ... of the regions, 0 elsewhere; in 16 bits if they suffice: maps are large."""
+    from scipy import ndimage
+
+    corners = np.ones((3, 3))
+    try:
+        return ndimage.label(above, corners, output=np.uint16)[0]
+    except RuntimeError:  # more regions than that
+        return ndimage.label(above, corners)[0]
+
+
+def _areas_and_scores(
+    labels: np.ndarray, values: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cells and largest value of each region; a NaN counts as the largest."""
+    areas, scores = np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
+    for rows in strips(*labels.shape):
+        inside = labels[rows] > 0
+        numbers = labels[rows][inside].astype(np.intp) - 1
+        areas += np.bincount(numbers, minlength=count)
+        with np.errstate(invalid="ignore"):  # NaN
+            np.maximum.at(scores, numbers, values[rows][inside])
+    return areas, scores

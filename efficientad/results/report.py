@@ -23,6 +23,7 @@ MAX_PICTURES = 200
 MAX_ROWS = 5000
 MAX_REGIONS = 3  # of an image, beside its picture
 JPEG_QUALITY = 85
+_OVERSAMPLED = 8  # pixels a thumbnail's pixel is the mean of at least, in a row
 
 
 @dataclass
@@ -85,6 +86,9 @@ def thumbnail(
         raise ValueError(f"side is {side}; it must be at least 1 pixel")
     height, width = image.shape[:2]
     ratio = min(1.0, side / max(height, width))
+    step = max(height, width) // (_OVERSAMPLED * side)
+    if step > 1:  # every step-th pixel: Pillow would hold a second copy of a large picture
+        image = np.ascontiguousarray(image[::step, ::step])
     if ratio < 1:
         size = max(1, round(width * ratio)), max(1, round(height * ratio))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))

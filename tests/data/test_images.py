@@ -287,3 +287,36 @@ def test_batches_refuse() -> None:
     with pytest.raises(TypeError):
         list(load_batches([3], (8, 8)))
     assert not decoders()
+
+
+def edited(data: bytes, tag: int, field: int, value: int) -> bytes:
+    """A little-endian TIFF with another tag, count or value (field 0, 4, 8) in one entry."""
+    out = bytearray(data)
+    (directory,) = struct.unpack_from("<I", data, 4)
+    for entry in range(directory + 2, directory + 2 + 12 * data[directory], 12):
+        if struct.unpack_from("<H", data, entry) == (tag,):
+            struct.pack_into("<I" if field else "<H", out, entry + field, value)
+    assert bytes(out) != data
+    return bytes(out)
+
+
+LARGER = np.tile(DEEP, (5, 4))
+STRIPS, TILES = tiff(LARGER, rowsperstrip=16), tiff(LARGER, tile=(16, 16), compression="zlib")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        edited(STRIPS, 273, 4, 1),  # one offset for all
+        edited(STRIPS, 279, 0, 60000),  # no byte counts
+        edited(STRIPS, 257, 8, LARGER.shape[0] + 40),  # more rows than there are
+        edited(TILES, 324, 4, 1),
+        edited(TILES, 256, 8, LARGER.shape[1] + 40),
+        edited(tiff(LARGER), 279, 8, 0),
+        edited(tiff(LARGER, compression="zlib"), 257, 8, LARGER.shape[0] + 40),
+    ],
+)
+def test_a_tiff_without_all_of_its_pixels_is_refused(source):
+    """tifffile fills what is missing with zeros."""
+    with pytest.raises(ImageError):
+        read_image(source)

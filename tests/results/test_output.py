@@ -223,6 +223,8 @@ def test_pictures_that_no_run_listed_are_not_overwritten(model_file, tmp_path, s
         '{"files": 3}',
         '{"files": [3]}',
         '{"images": []}',
+        "[" * 100_000,
+        json.dumps({"files": ["overlays/" + "x" * 5000 + ".png", "maps/\0.tiff"]}),
         '{"files": ["../in/a.png", "in/a.png", "overlays/../in/a.png", "/in/a.png", "maps"]}',
     ],
 )
