@@ -27,12 +27,14 @@ def calibrate(
 
     Then the scores behind the threshold are computed again in the low precisions that the device
     has; `provenance["calibration"]["precision"]` keeps how far they lie from float32's, by which
-    `FastPredictor` chooses (docs/precision.md).
+    `FastPredictor` chooses (docs/precision.md). Beside it are the scores, the exact binomial bound
+    on false rejects, and per folder how many images lie above the threshold (`model.trust`).
 
     Args:
         detector: changed in place and returned; it stays on its device.
         good_images: images without defects: a folder, a data set in a known layout, a list of
-            files, or a `DataSet`; see `model.calibration.split_good_images`.
+            files and folders, or a `DataSet`; see `model.calibration.split_good_images`. Several
+            folders are lots (days, batches): each is compared with the others.
         false_positive_rate: share of the images for the quantiles that may exceed the threshold.
         statistics: True computes the teacher's channel statistics anew from the training images,
             False keeps them, None computes them if they are not set. A student is trained against
@@ -41,6 +43,9 @@ def calibrate(
         progress: called with (what, images done, images in all).
         on_error: called with (index, source, error) for an unreadable image, which is left out;
             without it the error is raised.
+
+    A `GoodImageWarning` names images that were trained on, lots that are unlike the others, and
+    images that score far above all others.
 
     Raises:
         ValueError: a rate outside [0, 1), no readable image, statistics neither set nor wanted, or

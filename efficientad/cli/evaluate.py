@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from efficientad.cli.common import (
     EXIT_OK,
@@ -87,7 +88,12 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         "calibrate", help="set statistics, quantiles and threshold from good images"
     )
     command.add_argument("model")
-    command.add_argument("good_images", nargs="+", help="images without defects, or a data set")
+    command.add_argument(
+        "good_images",
+        nargs="+",
+        help="images without defects, or a data set; of several folders (days, lots) the rate of "
+        "each is shown",
+    )
     command.add_argument("--out", type=Path, help="default: MODEL with suffix .safetensors")
     command.add_argument("--force", action="store_true", help="replace an existing other file")
     command.add_argument(
@@ -127,9 +133,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     if len(named) == 1 and Path(named[0]).is_dir():
         good = open_dataset(Path(named[0]), options.layout, options.category)
         print_notes(good.notes)
-    elif options.layout != "auto" or options.category:
-        raise UsageError("--layout and --category go with one folder, not with a list of images")
     else:
+        _check_named(named, options)
         print_notes(left_out(named))
     detector = load_detector(options.model, options.device)
     if options.border is not None or options.map_padding is not None:
@@ -156,6 +161,39 @@ def run_calibrate(options: argparse.Namespace) -> int:
         f"(target false-positive rate {options.fpr:g})"
     )
     print_threshold_trust(facts, options.fpr)
+    _print_lots(facts["lots"])
     print(f"saved: {out}")
     list_failed(failed)
     return EXIT_SOME_FAILED if failed else EXIT_OK
+
+
+def _check_named(named: list[str], options: argparse.Namespace) -> None:
+    """Refuse folders that may hold more than good images, and what goes with one folder alone."""
+    from efficientad.data.layouts import open_dataset
+
+    folders = [Path(name) for name in named if Path(name).is_dir()]
+    useful = ("auto", "folder") if folders else ("auto",)
+    if options.category or options.layout not in useful:
+        raise UsageError(
+            "--layout and --category go with one folder, not with a list of images; of several "
+            "folders --layout folder says that all images below them are good"
+        )
+    for folder in folders if options.layout == "auto" else ():
+        layout = open_dataset(folder).layout
+        if layout != "folder":
+            raise UsageError(
+                f"{folder} has the layout {layout}; of several folders each must hold good images "
+                "alone: name its folder of them, or say --layout folder"
+            )
+
+
+def _print_lots(lots: list[dict[str, Any]]) -> None:
+    """A row per folder: how many of its images are above the threshold, and above the others'."""
+    if not lots:
+        return
+    width = max(len("folder"), *(len(lot["folder"]) for lot in lots))
+    print(f"{'folder':<{width}}  images  above  above the threshold of the other folders")
+    for lot in lots:
+        count, above, others = lot["images"], lot["above_threshold"], lot["above_others"]
+        shown = "" if others is None else f"{others} ({others / count:.1%})"
+        print(f"{lot['folder']:<{width}}  {count:>6}  {above:>5}  {shown}")

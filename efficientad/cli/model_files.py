@@ -13,6 +13,7 @@ from efficientad import __version__
 from efficientad.cli.common import EXIT_OK, refuse_overwrite
 
 FORMATS = ("onnx", "aoti")  # of `exporting.FORMATS`, without importing torch for the help
+_LONG = 12  # values in a list that `info` still prints
 
 
 def add_convert(commands: argparse._SubParsersAction) -> None:
@@ -110,8 +111,17 @@ def run_info(options: argparse.Namespace) -> int:
         return EXIT_OK
     width = max(len(key) for key in facts)
     for key, value in facts.items():
-        print(f"{key:<{width}}  {value}")
+        print(f"{key:<{width}}  {_shortened(value)}")
     return EXIT_OK
+
+
+def _shortened(value: Any) -> Any:
+    """With long lists inside as their length, for reading; --json has all of it."""
+    if isinstance(value, dict):
+        return {key: _shortened(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return f"{len(value)} values" if len(value) > _LONG else [_shortened(v) for v in value]
+    return value
 
 
 def describe(path: str) -> dict[str, Any]:

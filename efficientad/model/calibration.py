@@ -28,7 +28,7 @@ from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD, check_detec
 from efficientad.model.good_images import GoodImagesSeen, warn_of_odd
 from efficientad.model.networks import TEACHER_CHANNELS
 from efficientad.model.precision import Precision
-from efficientad.model.trust import trust
+from efficientad.model.trust import judge_lots, named_lots, trust, warn_of_own
 from efficientad.utils.checks import check_number
 from efficientad.utils.devices import full_float32
 from efficientad.utils.processes import computing
@@ -190,7 +190,13 @@ def calibrate(
         statistics = not detector.has_statistics
     if not statistics and not detector.has_statistics:
         raise ValueError("statistics is False, but the detector has none; leave it at None")
+    if not isinstance(good_images, (str, os.PathLike, DataSet)):
+        good_images = list(good_images)
+    lots = named_lots(good_images)
     train, validation = split_good_images(good_images, statistics)
+
+    def rule(scores: Sequence[float]) -> float:
+        return threshold_from_scores(scores, false_positive_rate)
 
     def batches(paths: list[Path], what: str) -> Iterator[Batch]:
         done = 0
@@ -235,11 +241,13 @@ def calibrate(
                 source_sizes += [batch.source_sizes[i] for i in places]
                 images += [batch.sources[i] for i in places]
             held_out.check("they are left out")
+            own = warn_of_own(detector.provenance, held_out)
             set_quantiles_from_maps(detector, maps)
             check_scale(detector, len(images))
             scores = validation_scores(detector, maps, source_sizes)
             odd = warn_of_odd(images, scores)
-            detector.threshold = threshold_from_scores(scores, false_positive_rate)
+            detector.threshold = rule(scores)
+            by_lot = judge_lots(lots, images, scores, detector.threshold, rule)
             precision = None if measure is None else measure(detector, images, scores).facts()
     finally:
         maps.close()
@@ -253,6 +261,8 @@ def calibrate(
         "of_one_colour": held_out.flat,
         "odd": odd,
         "precision": precision,
+        "trained_on": own,
+        "lots": by_lot,
         **trust(scores, detector.threshold),
     }
     return detector

@@ -6,7 +6,6 @@ of one colour never count; where they are more than a few, nothing is calibrated
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from efficientad.data.images import Batch
+from efficientad.model.known_pictures import picture_digest
 from efficientad.utils.files import listed, plain_text
 
 FLAT_LEVELS = 2  # of 255: an image with no larger range in any channel shows nothing
@@ -33,30 +33,34 @@ class GoodImagesSeen:
 
     Args:
         what: the images are for, as in "the threshold".
+
+    Attributes:
+        count, flat: images seen, and the names of those of one colour.
+        digests: (digest, source) of the pixels of each, see `known_pictures`.
     """
 
     def __init__(self, what: str) -> None:
         self._what = what
         self.count = 0
         self.flat: list[str] = []
-        self._contents: set[bytes] = set()
+        self.digests: list[tuple[str, object]] = []
 
     def add(self, batch: Batch) -> Tensor:
         """Which images of a batch show something, as a mask (N,)."""
         pixels = batch.images.flatten(2)
-        levels = (pixels.amax(2) - pixels.amin(2)).amax(1) * 255
-        shows = levels > FLAT_LEVELS + 0.5  # rounding of the division by 255
-        for image, source, good in zip(batch.images, batch.sources, shows.tolist(), strict=True):
-            self._contents.add(hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest())
-            self._count(source, good)
+        spread = (pixels.amax(2) - pixels.amin(2)).amax(1) * 255
+        shows = spread > FLAT_LEVELS + 0.5  # rounding of the division by 255
+        levels = (batch.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for image, source, good in zip(levels, batch.sources, shows.tolist(), strict=True):
+            self._count(image, source, good)
         return shows
 
     def add_pixels(self, image: np.ndarray, source: object) -> None:
         """One image (H, W, C), uint8."""
-        self._contents.add(hashlib.blake2b(image.tobytes(), digest_size=16).digest())
-        self._count(source, bool(np.ptp(image, axis=(0, 1)).max() > FLAT_LEVELS))
+        self._count(image, source, bool(np.ptp(image, axis=(0, 1)).max() > FLAT_LEVELS))
 
-    def _count(self, source: object, good: bool) -> None:
+    def _count(self, image: np.ndarray, source: object, good: bool) -> None:
+        self.digests.append((picture_digest(image), source))
         self.count += 1
         if not good:
             self.flat.append(plain_text(source))
@@ -79,7 +83,7 @@ class GoodImagesSeen:
                 f"({listed(self.flat, _LISTED)}); leave them out, at most {MOST_FLAT:.0%} may be "
                 "like that"
             )
-        if alike and self.count > 1 and len(self._contents) == 1:
+        if alike and self.count > 1 and len({digest for digest, _ in self.digests}) == 1:
             raise ValueError(
                 f"all {self.count} good images for {self._what} have the same pixels; how good "
                 "parts differ does not follow from one picture: give different ones"

@@ -325,6 +325,7 @@ def _provenance(
         "data": dataset.name,
         "images": len(images),
         "images_held_out": len(dataset.validation),
+        "known_pictures": images.known(),
         "teacher": parts.identity["teacher"],
         "device": str(task.device),
         "torch": torch.__version__,
@@ -332,9 +333,8 @@ def _provenance(
         "seconds": round(time.monotonic() - started, 1),
         "unreadable": [*images.failed, *trained.unreadable, *(photos.failed if photos else [])],
     }
-    if parts.license is None:
-        return {"training": training}
-    return {"training": training, "teacher_license": parts.license}
+    license = {} if parts.license is None else {"teacher_license": parts.license}
+    return {"training": training, **license}
 
 
 def _save(task: Task, detector: EfficientAD) -> None:

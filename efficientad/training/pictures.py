@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from efficientad.data.image_files import find_images
 from efficientad.data.images import resize_image
 from efficientad.model.calibration import Progress
 from efficientad.model.good_images import GoodImagesSeen
+from efficientad.model.known_pictures import known_pictures, picture_digest
 from efficientad.utils.checks import ValueRange
 from efficientad.utils.prefetch import ahead
 from efficientad.utils.sampling import random_numbers, shuffled
@@ -128,6 +129,7 @@ class TrainingImages:
         self.failed: list[tuple[str, str]] = []
         self._room = budget // (3 * image_size[0] * image_size[1])
         self._kept: dict[Path, np.ndarray] = {}
+        self._digests: dict[Path, str] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -138,6 +140,8 @@ class TrainingImages:
         found = self._kept.get(path)
         if found is None:
             found = resize_image(read_image(path, self.value_range), self.image_size)
+            if path not in self._digests:
+                self._digests[path] = picture_digest(found)
             if len(self._kept) < self._room:
                 self._kept[path] = found
         return found
@@ -182,6 +186,10 @@ class TrainingImages:
                 f"{self.failed[0][0]}: {self.failed[0][1]}"
             )
         self.paths = left
+
+    def known(self) -> dict[str, Any]:
+        """The record of the images that were read, see `known_pictures`."""
+        return known_pictures(self._digests[path] for path in self.paths if path in self._digests)
 
     def digest(self) -> str:
         """Of names and number: whether a resumed training still has the same images."""

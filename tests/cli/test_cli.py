@@ -200,6 +200,53 @@ def test_calibrate_does_not_replace_another_file(model_file, images, tmp_path, c
     assert run("calibrate", model_file, images / "0.png", "--out", other, "--force") == 0
 
 
+def test_calibrate_shows_the_rate_of_each_folder(model_file, images, tmp_path, capsys):
+    days = [tmp_path / "monday", tmp_path / "day 2"]
+    for day, names in zip(days, (("0.png", "1.png"), ("2.png",)), strict=True):
+        day.mkdir()
+        for name in names:
+            (day / name).write_bytes((images / name).read_bytes())
+    out = tmp_path / "out.safetensors"
+    assert run("calibrate", model_file, *days, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "0 of the 3 good images are above it; with 95% confidence at most 63%" in printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith(str(tmp_path))]
+    assert [row[-4:-1] for row in rows] == [
+        ["2", "0", rows[0][-2]],
+        ["1", "0", rows[1][-2]],
+    ]
+    assert {rows[0][-2], rows[1][-2]} & {"1", "2"}
+    assert run("info", out) == 0
+    assert "'scores': [" in capsys.readouterr().out
+
+
+def test_calibrate_refuses_folders_with_more_than_good_images(model_file, images, tmp_path, capsys):
+    for name in ("set/train/good", "set/test/scratch", "other/ok", "other/broken"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.png").write_bytes((images / "0.png").read_bytes())
+    out = tmp_path / "out.safetensors"
+    common = ("calibrate", model_file, "--out", out, images)
+    assert run(*common, tmp_path / "set") == 2
+    assert "has the layout mvtec; of several folders each" in capsys.readouterr().err
+    assert run(*common, tmp_path / "other") == 2
+    assert "--layout folder" in capsys.readouterr().err
+    assert run(*common, tmp_path / "set", "--layout", "mvtec") == 2
+    assert not out.exists()
+    assert run(*common, tmp_path / "other", "--layout", "folder") == 0
+
+
+def test_long_lists_are_counted_in_info(tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    model = ead.EfficientAD("S")
+    model.provenance = {"calibration": {"scores": [0.5] * 40, "few": [1, 2]}}
+    ead.save(model, path)
+    assert run("info", path) == 0
+    assert "{'scores': '40 values', 'few': [1, 2]}" in capsys.readouterr().out
+    assert run("info", path, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["provenance: calibration"]["scores"] == [0.5] * 40
+
+
 def test_a_teacher_alone_is_no_detector(tmp_path, images, capsys):
     path = tmp_path / "teacher.safetensors"
     save_file(ead.EfficientAD("S").teacher.state_dict(), path)

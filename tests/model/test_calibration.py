@@ -21,6 +21,8 @@ from efficientad.model.calibration import (
     split_good_images,
     threshold_from_scores,
 )
+from efficientad.model.good_images import GoodImageWarning
+from efficientad.training.pictures import TrainingImages
 
 
 def write_images(folder, n, size=(256, 256), seed=0):
@@ -234,3 +236,27 @@ def test_map_file_reads_back_what_was_added_and_leaves_no_file(tmp_path, monkeyp
         assert torch.equal(torch.cat(chunks), maps)
     file.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_trained_on_are_recognised_after_copying_and_lots_are_compared(tmp_path):
+    """Digests of the training's reading and of the calibration's agree, resized pictures, too."""
+    first = write_images(tmp_path / "monday", 3, (280, 300), seed=1)
+    write_images(tmp_path / "tuesday", 2, (280, 300), seed=2)
+    trained = TrainingImages(first[:2], (256, 256))
+    for i in range(2):
+        trained[i]
+    detector = helpers.detector()
+    detector.provenance["training"] = {"known_pictures": trained.known()}
+    Image.open(first[0]).save(tmp_path / "tuesday" / "copy.bmp")
+    folders = [tmp_path / "monday", tmp_path / "tuesday"]
+    with pytest.warns(GoodImageWarning, match=r"^3 of 6 good images .*copy\.bmp"):
+        calibrate(detector, iter(folders))
+    facts = detector.provenance["calibration"]
+    assert facts["trained_on"] == 3
+    assert [(lot["folder"], lot["images"]) for lot in facts["lots"]] == [
+        (str(folders[0]), 3),
+        (str(folders[1]), 3),
+    ]
+    assert facts["scores"] == sorted(facts["scores"])
+    assert facts["scores"][-1] == detector.threshold
+    assert (len(facts["scores"]), facts["above_threshold"]) == (6, 0)

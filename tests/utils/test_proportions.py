@@ -1,4 +1,4 @@
-"""The bound on a share against the binomial distribution, and against drawn samples."""
+"""Bounds and chances of shares against the binomial distribution, and against drawn samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from efficientad.utils.proportions import upper_bound
+from efficientad.utils.proportions import exceeding_chance, upper_bound
 
 
 @pytest.mark.parametrize(("count", "of"), [(0, 1), (0, 30), (1, 30), (7, 8), (40, 1000)])
@@ -40,3 +40,31 @@ def test_it_holds_for_a_threshold_from_the_same_sample():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         upper_bound(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "beyond", "others"),
+    [(0, 5, 0, 1), (1, 1, 0, 9), (3, 40, 1, 60), (40, 40, 2, 3), (12, 2000, 0, 1000)],
+)
+def test_the_chance_is_that_of_the_beta_binomial(count, of, beyond, others):
+    expected = stats.betabinom.sf(count - 1, of, beyond + 1, others - beyond)
+    assert exceeding_chance(count, of, beyond, others) == pytest.approx(expected, rel=1e-8)
+
+
+def test_one_more_score_is_the_highest_as_often_as_any():
+    assert exceeding_chance(1, 1, 0, 9) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 0, 0, 1), "of is 0"),
+        ((0, 1, 0, 0), "others is 0"),
+        ((2, 1, 0, 1), "count is 2; it must be at most 1"),
+        ((0, 1, 1, 1), "beyond is 1; it must be at most 0"),
+        ((-1, 1, 0, 1), "count is -1"),
+    ],
+)
+def test_impossible_counts_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        exceeding_chance(*arguments)
