@@ -123,8 +123,10 @@ def save_teacher(
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def teacher_header(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a teacher file says of its run, from the facts of the run's state."""
+def teacher_header(
+    facts: dict[str, Any], sources: dict[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """What a teacher file says of its run, from the facts of its state, and of its sources."""
     last = facts["curve"][-1] if facts["curve"] else {}
     result = {k: facts[k] for k in ("step", "planned_before", "held_out", "failed")}
     losses = {k: last[k] for k in ("step", "train", "held_out", "held_out_inner") if k in last}
@@ -133,4 +135,5 @@ def teacher_header(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "photos": facts["photos"],
         "backbone": facts["backbone"],
         "result": {**result, "measured": losses},
+        **({} if sources is None else {"sources": sources}),
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from efficientad.cli.common import UsageError, print_notes, progress_bars
 
@@ -71,6 +73,12 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
     add("--resume", action="store_true", help="go on from the state, exactly")
     add("--force", action="store_true", help="replace an existing OUT or state")
     add("--license", metavar="TEXT", help="what the teacher's header says of its licence")
+    add(
+        "--sources",
+        type=Path,
+        metavar="FILE",
+        help="JSON object on photos, backbone and their licences, for the teacher's header",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--workers", type=int, default=2, help="decoding threads")
 
@@ -90,6 +98,7 @@ def run_distill(options: argparse.Namespace) -> int:
 
     state = options.state or options.out.with_suffix(".state")
     _check_outputs(options, state)
+    sources = _read_sources(options.sources)
     device = choose_device(options.device)
     options.dtype = choose_dtype(options.dtype, device)
     recipe = Recipe(
@@ -118,6 +127,7 @@ def run_distill(options: argparse.Namespace) -> int:
             state=state,
             resume=options.resume,
             bank_folder=options.bank_folder,
+            sources=sources,
             device=device,
             workers=options.workers,
             progress=bars,
@@ -135,6 +145,19 @@ def run_distill(options: argparse.Namespace) -> int:
     for path, reason in run.data.failed.items():
         print(f"could not read {path}: {reason}", file=sys.stderr)
     return 1 if run.data.failed else 0
+
+
+def _read_sources(path: Path | None) -> dict[str, Any] | None:
+    """The JSON object of --sources; UsageError for anything else."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--sources {path} cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"--sources {path} holds a {type(found).__name__}; it must be an object")
+    return found
 
 
 def _say_stopping() -> None:

@@ -41,6 +41,8 @@ class Distillation:
             another number of steps is allowed (a run that has to end earlier, or may go on) and
             noted in the teacher's header; everything else must be the same.
         bank_folder: default: beside the state.
+        sources: where photos and backbone come from and under which licences; JSON, kept in the
+            teacher's header.
 
     Raises:
         ValueError: no readable photo, or a state of another recipe, backbone or list of photos.
@@ -57,6 +59,7 @@ class Distillation:
         state: str | os.PathLike,
         resume: bool = False,
         bank_folder: str | os.PathLike | None = None,
+        sources: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
         workers: int = 2,
         progress: Progress | None = None,
@@ -68,6 +71,7 @@ class Distillation:
             "photos": {"count": len(photos), "sha256": photos_digest(photos)},
             "backbone": backbone_facts,
         }
+        self.sources = sources
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, Any]] = []
         self.planned: list[dict[str, int]] = []  # numbers of steps planned before, until when
@@ -140,6 +144,8 @@ class Distillation:
                     break
         finally:
             batches.close()
+        if self.step == first:  # a run that had ended, resumed for its file
+            self.save(out, license)
         return self.teacher()
 
     def update(self, images: Any, source: Any) -> Tensor:
@@ -211,7 +217,7 @@ class Distillation:
                 self.weights(),
                 size=self.recipe.size,
                 license=license,
-                facts=teacher_header(facts),
+                facts=teacher_header(facts, self.sources),
             )
 
     def _progress_facts(self) -> dict[str, Any]:

@@ -114,13 +114,17 @@ def test_the_command_distils_and_resumes(photos, trunk, tmp_path, capsys):
     assert teacher_facts(out)["backbone"]["kind"] == "ResNet18Trunk"
     with pytest.raises(ValueError, match="exists; --resume goes on with it"):
         _command(*few, *options)
-    assert _command(*few, *options, "--resume") == 0
+    (tmp_path / "sources.json").write_text('{"photos": "our own"}')
+    assert _command(*few, *options, "--resume", "--sources", tmp_path / "sources.json") == 0
+    assert teacher_facts(out)["sources"] == {"photos": "our own"}
 
 
 def test_the_commands_errors_come_before_the_work(photos, trunk, tmp_path):
     few, out = photos[:3], tmp_path / "t.safetensors"
     (tmp_path / "empty").mkdir()
     good = ["--backbone", trunk, "--device", "cpu"]
+    (tmp_path / "text").write_text("no JSON")
+    (tmp_path / "list").write_text("[1]")
     cases = [
         ([tmp_path / "empty", *good, "--out", out], ValueError, "no image in folder"),
         ([tmp_path / "none", *good, "--out", out], FileNotFoundError, "no such file or folder"),
@@ -130,6 +134,8 @@ def test_the_commands_errors_come_before_the_work(photos, trunk, tmp_path):
         ([*few, *good, "--out", out, "--state", out], ValueError, "they are two files"),
         ([*few, *good, "--out", out, "--crop", 35], ValueError, "crop is 35"),
         ([*few, *good, "--out", out, "--every", 0], ValueError, "--every is 0; it must be an int"),
+        ([*few, *good, "--out", out, "--sources", tmp_path / "text"], ValueError, "as JSON"),
+        ([*few, *good, "--out", out, "--sources", tmp_path / "list"], ValueError, "an object"),
         ([*few, *good[:2], "--out", out, "--device", "no"], ValueError, "device is 'no'"),
     ]
     for arguments, kind, message in cases:

@@ -83,6 +83,19 @@ def _inner_loss(teacher: PDN, run: Distillation) -> float:
     return ((features - targets) ** 2).mean().item()
 
 
+def test_an_ended_run_is_written_again_with_its_sources(photos, tmp_path):
+    recipe, out = replace(SMALL, steps=2), tmp_path / "t.safetensors"
+    make_run(recipe, photos, tmp_path).run(out, log=lambda line: None)
+    assert "sources" not in teacher_facts(out)
+    before = load_file(out)
+    out.unlink()
+    sources = {"photos": [{"file": "a.jpg", "licence": "CC0-1.0"}], "backbone": "ours"}
+    ended = make_run(recipe, photos, tmp_path, resume=True, sources=sources)
+    ended.run(out, log=lambda line: None)
+    assert teacher_facts(out)["sources"] == sources
+    assert all(torch.equal(value, before[name]) for name, value in load_file(out).items())
+
+
 @pytest.mark.parametrize("bank", [0, 1])
 def test_a_broken_run_equals_an_unbroken_one_bit_for_bit(photos, tmp_path, bank):
     recipe = replace(SMALL, bank=bank)
