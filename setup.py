@@ -50,6 +50,7 @@ setup(
     },
     package_data={
         "efficientad": ["py.typed", "*.safetensors"],
+        "efficientad.service": ["static/*"],
         "efficientad.csrc": ["*.md", "*.h", "*.cpp", "*.cu"],
     },
     include_package_data=False,

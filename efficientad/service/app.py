@@ -23,6 +23,7 @@ from efficientad.service.guard import COOKIE, Guard
 from efficientad.service.inference_protocol import add_inference_protocol
 from efficientad.service.limits import Refused
 from efficientad.service.metrics import CONTENT_TYPE
+from efficientad.service.page import add_page
 from efficientad.service.store import StoreError
 
 EXTRAS = ("map", "overlay")
@@ -46,6 +47,7 @@ def create_app(
     _add_predict(app, inspection)
     _add_session(app, guard, key is not None)
     add_inference_protocol(app, inspection)
+    add_page(app, inspection)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -1,0 +1,217 @@
+"""What is asked of stored verdicts: history, counts, histograms, and what a threshold would do.
+
+Scores are compared within one digest only: another detector's mean something else. A score that is
+not a number lies above every threshold, as in the verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from typing import Any
+
+from efficientad.model.calibration import threshold_from_scores
+from efficientad.service.core import as_text
+from efficientad.service.store import REVIEWS
+
+VERDICTS = {
+    "anomalous": "is_anomalous = 1",
+    "normal": "is_anomalous = 0",
+    "none": "is_anomalous IS NULL",
+}
+_REVIEW = {**{word: f"review = '{word}'" for word in REVIEWS}, "open": "review IS NULL"}
+CONFIDENCE = 0.95
+LEAST_PARTS = 20  # from which a threshold is proposed
+
+
+def row_of(row: sqlite3.Row) -> dict[str, Any]:
+    """A row of `verdicts` as JSON takes it."""
+    verdict = row["is_anomalous"]
+    return {
+        "id": row["id"],
+        "time": as_text(row["time"]),
+        "model": row["model"],
+        "name": row["name"],
+        "score": row["score"],
+        "is_anomalous": None if verdict is None else bool(verdict),
+        "threshold": row["threshold"],
+        "source_size": [row["height"], row["width"]],
+        "boxes": json.loads(row["boxes"]),
+        "review": row["review"],
+        "has_picture": row["suffix"] is not None,
+    }
+
+
+def history(
+    db: sqlite3.Connection,
+    *,
+    model: str | None = None,
+    verdict: str | None = None,
+    review: str | None = None,
+    since: float | None = None,
+    until: float | None = None,
+    before: int | None = None,
+    limit: int = 60,
+) -> list[dict[str, Any]]:
+    """The newest verdicts that fit, newest first; `before` a number goes on from there.
+
+    verdict: a word of `VERDICTS`. review: a word of `store.REVIEWS`, or "open". since, until:
+    seconds since 1970, the first inclusive.
+    """
+    clauses: list[str] = []
+    values: list[Any] = []
+    for clause, value in (
+        ("model = ?", model), ("time >= ?", since), ("time < ?", until), ("id < ?", before)
+    ):  # fmt: skip
+        if value is not None:
+            clauses.append(clause)
+            values.append(value)
+    clauses += [VERDICTS[verdict]] if verdict else []
+    clauses += [_REVIEW[review]] if review else []
+    where = f"WHERE {' AND '.join(clauses)}" if clauses else ""
+    rows = db.execute(f"SELECT * FROM verdicts {where} ORDER BY id DESC LIMIT ?", [*values, limit])
+    return [row_of(row) for row in rows]
+
+
+def counts(db: sqlite3.Connection, digest: str) -> dict[str, int]:
+    """Parts of a detector: in all, anomalous, rejects that nobody has reviewed, and reviews."""
+    row = db.execute(
+        "SELECT count(*), sum(is_anomalous = 1), sum(is_anomalous = 1 AND review IS NULL), "
+        "sum(review = 'good'), sum(review = 'bad'), sum(review = 'unsure') "
+        "FROM verdicts WHERE digest = ?",
+        (digest,),
+    ).fetchone()
+    names = ("parts", "anomalous", "open", "good", "bad", "unsure")
+    return {name: value or 0 for name, value in zip(names, row, strict=True)}
+
+
+def what_if(db: sqlite3.Connection, digest: str, threshold: float) -> dict[str, int]:
+    """What a threshold would have done to the parts that are stored.
+
+    Returns:
+        parts, rejected; and of these rejected_good, rejected_bad, rejected_unsure as reviewed;
+        passed_bad: confirmed bad, and would have passed.
+    """
+    row = db.execute(
+        "SELECT count(*), sum(above), sum(above AND review = 'good'), "
+        "sum(above AND review = 'bad'), sum(above AND review = 'unsure'), "
+        "sum(NOT above AND review = 'bad') FROM "
+        "(SELECT score IS NULL OR score > ? AS above, review FROM verdicts WHERE digest = ?)",
+        (threshold, digest),
+    ).fetchone()
+    names = (
+        "parts", "rejected", "rejected_good", "rejected_bad", "rejected_unsure", "passed_bad"
+    )  # fmt: skip
+    return {name: value or 0 for name, value in zip(names, row, strict=True)}
+
+
+def histogram(db: sqlite3.Connection, digest: str, threshold: float | None, bins: int = 60) -> dict:
+    """Counts of scores in bins of equal width, by review, from the lowest to the 99.5th percentile.
+
+    The last bin also holds what lies above; where there is a threshold the range reaches half as
+    far again beyond it.
+
+    Returns:
+        low, high; counts: review (or "open") -> a number per bin; not_a_number: scores in no bin.
+    """
+    where = "FROM verdicts WHERE digest = ? AND score IS NOT NULL"
+    total, low, high = db.execute(
+        f"SELECT count(*), min(score), max(score) {where}", (digest,)
+    ).fetchone()
+    (missing,) = db.execute(
+        "SELECT count(*) FROM verdicts WHERE digest = ? AND score IS NULL", (digest,)
+    ).fetchone()
+    if not total:
+        low = high = 0.0 if threshold is None else threshold
+    else:
+        (upper,) = db.execute(
+            f"SELECT score {where} ORDER BY score LIMIT 1 OFFSET ?",
+            (digest, math.ceil(0.995 * (total - 1))),
+        ).fetchone()
+        high = min(high, max(upper, low))
+    if threshold is not None:
+        low, high = min(low, threshold), max(high, threshold + 0.5 * max(threshold - low, 0.0))
+    if not high > low:
+        low, high = low - 0.1, high + 0.1
+    found = {word: [0] * bins for word in (*REVIEWS, "open")}
+    rows = db.execute(
+        "SELECT min(CAST((score - ?) * ? AS INTEGER), ?), coalesce(review, 'open'), count(*) "
+        f"{where} GROUP BY 1, 2",
+        (low, bins / (high - low), bins - 1, digest),
+    )
+    for place, review, count in rows:
+        found[review][place] += count
+    return {"low": low, "high": high, "counts": found, "not_a_number": missing}
+
+
+class TooFew(ValueError):
+    """There are too few parts for a threshold."""
+
+
+def proposed_threshold(db: sqlite3.Connection, digest: str, rate: float) -> dict[str, Any]:
+    """The threshold that at most a share `rate` of good parts would exceed.
+
+    Good are parts that were reviewed as good, and parts that passed and were reviewed as nothing
+    else. Rejects alone would not do: they are the highest scores of the good ones. What was
+    rejected and is not reviewed, or is unsure, is left out.
+
+    Returns:
+        threshold; good: parts that it rests on; reviewed_good: of these; above: of these that
+        exceed it; bound: with 95 % confidence no more than this share of good parts will (exact
+        binomial); left_out: rejects without a clear review.
+
+    Raises:
+        TooFew: fewer than `LEAST_PARTS` good parts. ValueError: a rate outside [0, 1).
+    """
+    rows = db.execute(
+        "SELECT score, review FROM verdicts WHERE digest = ? AND score IS NOT NULL AND "
+        "(review = 'good' OR (review IS NULL AND is_anomalous = 0))",
+        (digest,),
+    ).fetchall()
+    scores = [row[0] for row in rows]
+    if len(scores) < LEAST_PARTS:
+        raise TooFew(
+            f"{len(scores)} good parts are stored; a threshold needs at least {LEAST_PARTS}"
+        )
+    threshold = threshold_from_scores(scores, rate)
+    above = sum(score > threshold for score in scores)
+    (left_out,) = db.execute(
+        "SELECT count(*) FROM verdicts WHERE digest = ? AND "
+        "(review = 'unsure' OR (review IS NULL AND is_anomalous = 1))",
+        (digest,),
+    ).fetchone()
+    return {
+        "threshold": threshold,
+        "good": len(scores),
+        "reviewed_good": sum(row[1] == "good" for row in rows),
+        "above": above,
+        "bound": upper_bound(above, len(scores)),
+        "left_out": left_out,
+    }
+
+
+def upper_bound(found: int, of: int, confidence: float = CONFIDENCE) -> float:
+    """The share that is not exceeded, by Clopper and Pearson, where `found` of `of` were seen."""
+    from scipy import special
+
+    return 1.0 if found >= of else float(special.betaincinv(found + 1, of - found, confidence))
+
+
+def set_review(db: sqlite3.Connection, number: int, review: str | None, now: float) -> bool:
+    """Note what somebody says of a part, None takes it back; whether there is such a part."""
+    changed = db.execute(
+        "UPDATE verdicts SET review = ?, reviewed = ? WHERE id = ?",
+        (review, None if review is None else now, number),
+    )
+    return changed.rowcount == 1
+
+
+def reviewed_good(db: sqlite3.Connection, model: str) -> list[tuple[int, str]]:
+    """(number, suffix) of the pictures that were reviewed as good under a model's name."""
+    rows = db.execute(
+        "SELECT id, suffix FROM verdicts WHERE model = ? AND review = 'good' "
+        "AND suffix IS NOT NULL ORDER BY id",
+        (model,),
+    )
+    return [(row[0], row[1]) for row in rows]

@@ -1,0 +1,163 @@
+"""What stored verdicts answer: counts, histograms, thresholds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy import stats
+
+from efficientad.service import queries
+from efficientad.service.store import Record, Store
+
+NAN = float("nan")
+
+
+def fill(store: Store, *parts: tuple[float, str | None], threshold=0.5, **changes) -> None:
+    """Parts of (score, review)."""
+    for score, review in parts:
+        verdict = None if threshold is None else not score <= threshold
+        values = {
+            "model": "screw", "digest": "d", "score": score, "threshold": threshold,
+            "is_anomalous": verdict, "size": (4, 6), "boxes": [], "picture": b"x", "suffix": "png",
+        }  # fmt: skip
+        number = store.add(Record(**values | changes)).result()
+        store.submit(
+            lambda step, n=number, r=review: queries.set_review(step.db, n, r, 7.0)
+        ).result()
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path, durable=False) as opened:
+        yield opened
+
+
+PARTS = [
+    (0.1, None), (0.2, "good"), (0.3, None), (0.55, "good"),
+    (0.6, "bad"), (0.7, None), (0.9, "bad"), (0.45, "bad"), (NAN, "unsure"),
+]  # fmt: skip
+
+
+def test_counts(store):
+    fill(store, *PARTS)
+    fill(store, (0.9, None), digest="another file of the same name")
+    with store.reading() as db:
+        assert queries.counts(db, "d") == {
+            "parts": 9, "anomalous": 5, "open": 1, "good": 2, "bad": 3, "unsure": 1
+        }  # fmt: skip
+        assert queries.counts(db, "unknown") == dict.fromkeys(queries.counts(db, "d"), 0)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (0.5, (5, 1, 2, 1, 1)),
+        (0.55, (4, 0, 2, 1, 1)),  # a score on the threshold passes
+        (-1.0, (9, 2, 3, 1, 0)),
+        (2.0, (1, 0, 0, 1, 3)),  # what is not a number is always rejected
+    ],
+)
+def test_what_a_threshold_would_have_done(store, threshold, expected):
+    fill(store, *PARTS)
+    fill(store, (0.9, "bad"), digest="another")
+    names = ("rejected", "rejected_good", "rejected_bad", "rejected_unsure", "passed_bad")
+    with store.reading() as db:
+        found = queries.what_if(db, "d", threshold)
+        assert found == {"parts": 9, **dict(zip(names, expected, strict=True))}
+        none = queries.what_if(db, "unknown", threshold)
+        assert set(none.values()) == {0}
+
+
+def test_the_histogram_holds_every_number_once(store):
+    fill(store, *PARTS)
+    with store.reading() as db:
+        found = queries.histogram(db, "d", 0.5, bins=10)
+    sums = {word: sum(counts) for word, counts in found["counts"].items()}
+    assert sums == {"good": 2, "bad": 3, "unsure": 0, "open": 3}
+    assert found["not_a_number"] == 1
+    assert found["low"] == 0.1
+    assert found["high"] >= 0.5 + 0.5 * 0.4
+    width = (found["high"] - found["low"]) / 10
+    assert found["counts"]["good"][int((0.2 - 0.1) / width)] == 1
+
+
+def test_a_long_tail_goes_into_the_last_bin(store):
+    fill(store, *[(0.1 + i / 1000, None) for i in range(300)], (50.0, "bad"))
+    with store.reading() as db:
+        found = queries.histogram(db, "d", 0.3, bins=20)
+    assert found["high"] < 1
+    assert found["counts"]["bad"][-1] == 1
+    assert sum(found["counts"]["open"]) == 300
+
+
+@pytest.mark.parametrize("threshold", [None, 0.25])
+@pytest.mark.parametrize("scores", [(), (0.25,), (NAN,)])
+def test_a_histogram_of_next_to_nothing(store, scores, threshold):
+    fill(store, *[(score, None) for score in scores])
+    with store.reading() as db:
+        found = queries.histogram(db, "d", threshold)
+    assert found["low"] < found["high"]
+    assert sum(found["counts"]["open"]) == sum(not math.isnan(score) for score in scores)
+
+
+def test_the_history_is_filtered_and_goes_on_from_a_number(store):
+    fill(store, *PARTS)
+    fill(store, (0.3, None), threshold=None, model="other", digest="o", time=1000.0)
+
+    def numbers(**filters) -> list[int]:
+        with store.reading() as db:
+            return [row["id"] for row in queries.history(db, **filters)]
+
+    assert numbers() == list(range(10, 0, -1))
+    assert numbers(limit=3) == [10, 9, 8]
+    assert numbers(limit=3, before=8) == [7, 6, 5]
+    assert numbers(model="other") == [10]
+    assert numbers(verdict="anomalous") == [9, 7, 6, 5, 4]
+    assert numbers(verdict="none") == [10]
+    assert numbers(verdict="anomalous", review="open") == [6]
+    assert numbers(review="bad", verdict="normal") == [8]
+    assert numbers(until=1001) == [10]
+    assert numbers(since=1000, until=1000) == []
+    assert 10 not in numbers(since=1000.5)
+
+
+def test_a_review_is_kept_and_taken_back(store):
+    fill(store, (0.7, "bad"))
+    with store.reading() as db:
+        (row,) = queries.history(db)
+        assert row["review"] == "bad"
+        assert db.execute("SELECT reviewed FROM verdicts").fetchone()[0] == 7.0
+    assert store.submit(lambda step: queries.set_review(step.db, 1, None, 8.0)).result()
+    assert not store.submit(lambda step: queries.set_review(step.db, 99, "good", 8.0)).result()
+    with store.reading() as db:
+        assert db.execute("SELECT review, reviewed FROM verdicts").fetchone()[:] == (None, None)
+
+
+def test_a_threshold_rests_on_parts_that_passed_and_false_rejects(store):
+    fill(store, *[(i / 100, None) for i in range(48)])  # passed
+    fill(store, (0.55, "good"), (0.65, "good"))  # rejected, and good
+    fill(store, (0.4, "bad"), (0.9, "bad"), (0.7, None), (0.45, "unsure"), (NAN, "good"))
+    with store.reading() as db:
+        found = queries.proposed_threshold(db, "d", 0.02)
+    assert found == {
+        "threshold": 0.55,  # one of 50 lies above
+        "good": 50,
+        "reviewed_good": 2,
+        "above": 1,
+        "bound": pytest.approx(stats.beta.ppf(0.95, 2, 49)),
+        "left_out": 2,
+    }
+
+
+def test_too_few_good_parts_give_no_threshold(store):
+    fill(store, *[(0.1, None)] * 19, *[(0.9, None)] * 50)
+    with store.reading() as db, pytest.raises(queries.TooFew, match="19 good parts are stored"):
+        queries.proposed_threshold(db, "d", 0.01)
+
+
+@pytest.mark.parametrize(("found", "of"), [(0, 59), (1, 100), (5, 60), (7, 7)])
+def test_the_bound_is_the_exact_one(found, of):
+    bound = queries.upper_bound(found, of)
+    # At the bound, so few or fewer are seen with 5 %.
+    assert stats.binom.cdf(found, of, bound) == pytest.approx(0.05 if found < of else 1.0)
