@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AnomalyOutput": "model.detector",
+    "AnomalyOutput": "model.output",
     "CheckpointError": "checkpoint.safe_pickle",
     "EfficientAD": "model.detector",
     "FastPredictor": "fast.predictor",
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from efficientad.evaluation.evaluation import evaluate
     from efficientad.fast.fp8 import Fp8Error
     from efficientad.fast.predictor import FastPredictor
-    from efficientad.model.detector import AnomalyOutput, EfficientAD, UncalibratedError
+    from efficientad.model.detector import EfficientAD, UncalibratedError
+    from efficientad.model.output import AnomalyOutput
     from efficientad.results.plain_path import predict
     from efficientad.results.prediction import Prediction
     from efficientad.training.fitting import fit

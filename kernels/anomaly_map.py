@@ -51,6 +51,8 @@ def _combined(
 def _anomaly_map_kernel(
     st_ptr, ae_ptr, part: tl.int64,  # (PARTS, N, height, width) float32 each, elements per part
     affine_ptr,  # (4,) float32: a_st, a_ae, offset, frame
+    region_ptr,  # (out_height, out_width) uint8, 0 where nothing counts; None: all counts
+    cells_ptr,  # (height, width) uint8, the same of the distance maps, or None
     map_ptr,  # (N, out_height, out_width); None: only the maximum is wanted
     maxima_ptr,  # (N, blocks) float32; NaN for a block that met a value that is not finite
     height, width,
@@ -70,7 +72,8 @@ def _anomaly_map_kernel(
     a_st = tl.load(affine_ptr)
     a_ae = tl.load(affine_ptr + 1)
     frame = tl.load(affine_ptr + 3)
-    offset = tl.load(affine_ptr + 2) - frame
+    lowest = tl.load(affine_ptr + 2)  # of distances 0
+    offset = lowest - frame
 
     i = block * BLOCK + tl.arange(0, BLOCK)
     real = i < out_height * out_width
@@ -96,19 +99,25 @@ def _anomaly_map_kernel(
     upper = v00 * (1 - fx) + v01 * fx
     lower = v10 * (1 - fx) + v11 * fx
     value = upper * (1 - fy) + lower * fy + frame  # [BLOCK]
+    counts = real
+    if region_ptr is not None:
+        counts = tl.load(region_ptr + i, mask=real, other=0) != 0
+        value = tl.where(counts, value, lowest)
     if map_ptr is not None:
         pixel = image * out_height * out_width + i
         tl.store(map_ptr + pixel, value.to(map_ptr.dtype.element_ty), mask=real)
 
     # tl.max drops NaN, so it goes beside the maximum.
-    is_nan = real & (value != value)
-    greatest = tl.max(tl.where(real & ~is_nan, value, float("-inf")), axis=0)
+    is_nan = counts & (value != value)
+    greatest = tl.max(tl.where(counts & ~is_nan, value, float("-inf")), axis=0)
     if SCAN:
         share = tl.cdiv(cells, blocks)  # of the image's cells, this program's
         for start in tl.range(0, share, BLOCK):
             j = start + tl.arange(0, BLOCK)
             cell = block * share + j
             mask = (j < share) & (cell < cells)
+            if region_ptr is not None:
+                mask = mask & (tl.load(cells_ptr + cell, mask=mask, other=0) != 0)
             skipped = _combined(st, ae, part, cell, mask, a_st, a_ae, offset, PARTS)
             is_nan = is_nan | (skipped != skipped)
     any_nan = tl.max(is_nan.to(tl.int32), axis=0)
@@ -136,8 +145,13 @@ def _score_kernel(
     tl.store(score_ptr + image, score)
 
 
-def _launch(map_st, map_ae, affine, size, map_out, score, *, padding, target, tile) -> None:
-    """Run the kernels over `size` (rows, columns) of every image's map; `map_out` may be None."""
+def _launch(
+    map_st, map_ae, affine, size, map_out, score, *, padding, target, tile, region=(None, None)
+) -> None:
+    """Run the kernels over `size` (rows, columns) of every image's map; `map_out` may be None.
+
+    region: the two masks, or None twice.
+    """
     parts, n, height, width = map_st.shape
     height_padded, width_padded = height + 2 * padding, width + 2 * padding
     pixels = size[0] * size[1]
@@ -149,7 +163,8 @@ def _launch(map_st, map_ae, affine, size, map_out, score, *, padding, target, ti
     blocks = triton.cdiv(pixels, tile.bm)
     maxima = score.new_empty((n, blocks))
     _anomaly_map_kernel[(n * blocks,)](
-        map_st, map_ae, n * height * width, affine, map_out, maxima, height, width, *size, blocks,
+        map_st, map_ae, n * height * width, affine, *region, map_out, maxima,
+        height, width, *size, blocks,
         height_padded / size[0], width_padded / size[1],
         PARTS=parts, PAD=padding, SCAN=size[0] < height_padded or size[1] < width_padded,
         BLOCK=tile.bm, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
@@ -168,6 +183,7 @@ def anomaly_map(
     padding: int,
     store_map: bool = True,
     map_dtype=None,
+    region=None,
     out=None,
     target: int | None = None,
     tile: Tile | None = None,
@@ -183,6 +199,8 @@ def anomaly_map(
         padding: cells put on every side before the resize.
         store_map: False computes the score alone; the map in the result is then None.
         map_dtype: of the map, float32 or float16; None is float32. The score is not rounded to it.
+        region: what counts, uint8 that is 0 where nothing does, contiguous: of the result (*size)
+            and of the distance maps' cells (h, w). Outside the map is `offset`; None: all counts.
         out: (map, score), if they are allocated (the map is None if it is not wanted); every
             element is written.
         target: compute capability such as 90; None is that of the maps' device.
@@ -193,7 +211,7 @@ def anomaly_map(
         A combined value that is not finite is NaN in the map, and the image's score is NaN.
 
     Raises:
-        ValueError: maps of different shapes, or of more than 2**30 pixels.
+        ValueError: maps of different shapes, or of more than 2**30 pixels; a region of others.
     """
     if map_st.ndim == 3:
         map_st, map_ae = map_st[None], map_ae[None]
@@ -201,6 +219,12 @@ def anomaly_map(
         raise ValueError(
             f"map_st has shape {tuple(map_st.shape)} and map_ae {tuple(map_ae.shape)}; they must "
             "be equal, the number of partial maps included"
+        )
+    wanted = tuple(size), tuple(map_st.shape[2:])
+    if region is not None and tuple(tuple(mask.shape) for mask in region) != wanted:
+        raise ValueError(
+            f"region has shapes {tuple(tuple(mask.shape) for mask in region)}; the map and its "
+            f"cells have {wanted}"
         )
     n = map_st.shape[1]
     if out is None:
@@ -210,5 +234,5 @@ def anomaly_map(
     else:
         map_out, score = out
     _launch(map_st, map_ae, affine, size, map_out, score, padding=padding, target=target,
-            tile=tile)  # fmt: skip
+            tile=tile, region=region or (None, None))  # fmt: skip
     return map_out, score

@@ -135,7 +135,9 @@ def _bottleneck_cases(arch: int, dtype: str) -> Iterator[CensusCase]:
     )  # fmt: skip
 
 
-def _map_case(arch: int, batch: int, parts: int, scan: bool, result: str | None) -> CensusCase:
+def _map_case(
+    arch: int, batch: int, parts: int, scan: bool, result: str | None, region: bool = False
+) -> CensusCase:
     tile = grouped.from_table(anomaly_map.TILES, arch, batch * 256**2)
     signature = {
         **dict.fromkeys(("st_ptr", "ae_ptr", "affine_ptr", "maxima_ptr"), "*fp32"),
@@ -144,12 +146,18 @@ def _map_case(arch: int, batch: int, parts: int, scan: bool, result: str | None)
         **dict.fromkeys(("scale_y", "scale_x"), "fp32"),
     }
     constexprs = {"PARTS": parts, "PAD": 4, "SCAN": scan, "BLOCK": tile.bm}
+    masks = dict.fromkeys(("region_ptr", "cells_ptr"))
+    if region:
+        signature |= dict.fromkeys(masks, "*u8")
+    else:
+        constexprs |= masks
     if result is None:
         constexprs["map_ptr"] = None
     else:
         signature["map_ptr"] = f"*{result}"
     config = f"{parts} parts, {tile.bm} pixels" + (", downscale" if scan else "")
     config += "" if result else ", score only"
+    config += ", region" if region else ""
     function = anomaly_map._anomaly_map_kernel
     return _case("anomaly_map", config, result or "fp32", function, signature, constexprs, tile)
 
@@ -161,6 +169,7 @@ def _map_cases(arch: int) -> Iterator[CensusCase]:
     yield _map_case(arch, 1, 3, False, "fp16")
     yield _map_case(arch, 1, 3, True, "fp32")
     yield _map_case(arch, 1, 3, False, None)
+    yield _map_case(arch, 1, 3, False, "fp32", region=True)
     yield CensusCase(
         kernel="anomaly_map",
         config=f"score, {anomaly_map.REDUCE_BLOCK} maxima",

@@ -14,8 +14,9 @@ from efficientad.adapters.model_server import RAW_QUANTILES, Server, lazy_tensor
 from efficientad.checkpoint.anomalib import anomalib_contents
 from efficientad.checkpoint.contents import build_detector
 from efficientad.checkpoint.safe_pickle import naming
-from efficientad.model.detector import AnomalyOutput, EfficientAD
+from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import MIN_IMAGE_SIZE
+from efficientad.model.output import AnomalyOutput
 from efficientad.utils.devices import choose_device
 
 MOST_SIZES = 4  # input sizes per model for which a predictor is kept

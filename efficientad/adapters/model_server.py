@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from efficientad.checkpoint.safe_pickle import LazyTensor
 from efficientad.fast.predictor import FastPredictor
 from efficientad.model.agreement import BOUNDS, difference, worst
-from efficientad.model.detector import AnomalyOutput, EfficientAD
+from efficientad.model.detector import EfficientAD
+from efficientad.model.output import AnomalyOutput
 from efficientad.utils.devices import choose_device
 
 RAW_QUANTILES = (0.0, 0.1, 0.0, 0.1)  # their normalisation changes nothing

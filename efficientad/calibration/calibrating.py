@@ -25,6 +25,8 @@ def calibrate(
 ) -> EfficientAD:
     """Set what a detector needs beside its weights: statistics, quantiles and a threshold.
 
+    Of a detector with a region (`EfficientAD.set_region`) its cells and pixels alone count.
+
     Then the scores behind the threshold are computed again in the low precisions that the device
     has; `provenance["calibration"]["precision"]` keeps how far they lie from float32's, by which
     `FastPredictor` chooses (docs/precision.md). Beside it are the scores, the exact binomial bound

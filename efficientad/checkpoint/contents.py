@@ -29,6 +29,7 @@ class Contents:
         statistics: teacher mean and std, 384 values each, or None.
         quantiles: qa_st, qb_st, qa_ae, qb_ae, or None.
         normalization: image mean and std, 3 values each, or None for ImageNet's.
+        region: bool of image_size, True where inspected, or None.
     """
 
     size: str
@@ -44,6 +45,7 @@ class Contents:
     normalization: tuple[Tensor, Tensor] | None = None
     provenance: dict[str, object] = field(default_factory=dict)
     value_range: tuple[float, float] | None = None
+    region: Tensor | None = None
 
 
 @functools.cache
@@ -98,6 +100,13 @@ def build_detector(contents: Contents) -> EfficientAD:
             score_size=contents.score_size,
             image_size=contents.image_size,
         )
+        if contents.region is not None:
+            if tuple(contents.region.shape) != detector.image_size:
+                raise CheckpointError(
+                    f"region has shape {tuple(contents.region.shape)}, expected the image size "
+                    f"{detector.image_size}"
+                )
+            detector.set_region(contents.region)
         for name, parameter in detector.named_parameters():
             parameter.copy_(read_finite(name, contents.weights[name]))
         if contents.normalization is not None:  # first: it clears statistics and quantiles

@@ -26,6 +26,7 @@ from efficientad.model import synthetic
 from efficientad.model.agreement import difference, scale_of, worst
 from efficientad.model.detector import EfficientAD, check_detector
 from efficientad.model.networks import check_pair
+from efficientad.model.region import share
 from efficientad.utils.files import replace_file
 
 FORMATS = {"onnx": ".onnx", "aoti": ".pt2"}
@@ -76,7 +77,8 @@ def export(
         path: the file; ".onnx" or ".pt2" by the format.
         format: "onnx" (one file with the weights inside; needs onnx, onnxscript and onnxruntime) or
             "aoti" (an AOTInductor package for the detector's device; needs a C++ compiler).
-        image_size: (height, width) in pixels, fixed in the file; None is the detector's.
+        image_size: (height, width) in pixels, fixed in the file; None is the detector's. So is
+            the detector's region: the file applies it.
         verify: False leaves the comparison out.
         force: replace an existing file.
 
@@ -106,7 +108,7 @@ def export(
             stacklevel=2,
         )
     {"onnx": _require_packages, "aoti": _require_compiler}[format]()
-    wrapped = _Wrapped(detector)
+    wrapped = _Wrapped(detector, size)
     differences: dict[int, float] = {}
 
     def write(temporary: Path) -> None:
@@ -136,6 +138,7 @@ def metadata(detector: EfficientAD, image_size: tuple[int, int]) -> dict[str, st
         "threshold": "" if detector.threshold is None else repr(float(detector.threshold)),
         "input": "image: (N, 3, H, W), RGB float32 in 0..1",
         **_range_fact(detector.value_range),
+        **({} if detector.region is None else {"inspected": str(share(detector.region))}),
         **({} if license is None else {"teacher_license": str(license)}),
     }
 
@@ -148,11 +151,13 @@ def _range_fact(value_range: tuple[float, float] | None) -> dict[str, str]:
 
 
 class _Wrapped(nn.Module):
-    """The detector in float32, its outputs as a pair."""
+    """The detector in float32, its outputs as a pair; its region at the size of the images."""
 
-    def __init__(self, detector: EfficientAD) -> None:
+    def __init__(self, detector: EfficientAD, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.detector = copy.deepcopy(detector).float().eval().requires_grad_(False)
+        own = self.detector = copy.deepcopy(detector).float().eval().requires_grad_(False)
+        own.image_size = image_size
+        own.set_region(own.region, keep_calibration=True)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         out = self.detector(image)

@@ -29,7 +29,8 @@ from efficientad.utils.files import replace_file
 from efficientad.utils.processes import computing
 
 FORMAT = "efficientad"
-FORMAT_VERSION = 2  # 1: the checksum was that of the tensors alone
+FORMAT_VERSION = 3  # 1: the checksum was that of the tensors alone
+WITHOUT_REGION = 2  # the version of a file without a region, which packages before 3 read, too
 # Relative. Measured on S and M: another thread count, memory layout or convolution library, or
 # float64, changes a golden value by at most 4e-7; two layers swapped or a filter mirrored, by about
 # 1e-2. 1e-3 leaves room for processors that round float32 convolutions. Single bits are the
@@ -45,6 +46,7 @@ _BUFFERS = {
     "teacher_std": (1, 384, 1, 1),
     "quantiles": (4,),
 }
+_REGION = "region"  # uint8 (height, width) of the network's input, 1 where it is inspected
 
 
 def save(detector: EfficientAD, path: str | os.PathLike) -> None:
@@ -75,6 +77,8 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         "has_statistics": detector.has_statistics,
         "value_range": check_value_range(detector.value_range),
     }
+    if detector.region is not None:
+        tensors[_REGION] = detector.region.to("cpu", torch.uint8)
     lazy = {name: LazyTensor.of(value) for name, value in tensors.items()}
     golden = golden_values(build_detector(_contents(config, {}, lazy)))
     if not all(map(math.isfinite, golden.values())):
@@ -90,7 +94,7 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         ) from error
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(FORMAT_VERSION if _REGION in tensors else WITHOUT_REGION),
         **texts,
         "sha256": _digest(tensors, texts),
     }
@@ -227,7 +231,7 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
         raise CheckpointError(str(error)) from error
     return Contents(
         config["size"],
-        {name: value for name, value in tensors.items() if name not in _BUFFERS},
+        {name: value for name, value in tensors.items() if name not in (*_BUFFERS, _REGION)},
         padding=config["padding"],
         border=config["border"],
         map_padding=config["map_padding"],
@@ -241,4 +245,16 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
         normalization=(values["image_mean"], values["image_std"]),
         provenance=provenance,
         value_range=value_range,
+        region=_region(tensors[_REGION]) if _REGION in tensors else None,
     )
+
+
+def _region(lazy: LazyTensor) -> Tensor:
+    """bool (H, W); its size is checked with the detector's."""
+    value = lazy.read()
+    if value.dtype != torch.uint8 or value.dim() != 2 or bool((value > 1).any()):
+        raise CheckpointError(
+            f"region is {value.dtype} {tuple(value.shape)}; expected uint8 (height, width) of 0 "
+            "and 1"
+        )
+    return value.bool()

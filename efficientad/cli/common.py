@@ -104,6 +104,28 @@ def value_range_of(options: argparse.Namespace) -> tuple[float, float] | None:
     return check_value_range(options.value_range)
 
 
+def add_region(command: argparse.ArgumentParser, purpose: str) -> None:
+    """Add --region; purpose: what the command does with it."""
+    command.add_argument(
+        "--region",
+        type=Path,
+        metavar="FILE",
+        help="the part of a frame that is inspected: a picture (white is inspected) or polygons in "
+        f"JSON, see docs/regions.md; {purpose}",
+    )
+
+
+def region_of(options: argparse.Namespace, paths: Sequence[Path], detector: EfficientAD) -> Any:
+    """The mask of --region, or None, checked against the frames that it is drawn on. ValueError."""
+    from efficientad.data.region_files import check_frames, read_region
+
+    if options.region is None:
+        return None
+    mask = read_region(options.region)
+    check_frames(mask, paths, detector.image_size)
+    return mask
+
+
 def add_min_area(command: argparse.ArgumentParser) -> None:
     """Add --min-area, of the regions that the output folder lists."""
     command.add_argument(

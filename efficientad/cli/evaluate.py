@@ -13,6 +13,7 @@ from efficientad.cli.common import (
     add_arithmetic,
     add_layout,
     add_min_area,
+    add_region,
     add_running,
     add_value_range,
     build_predictor,
@@ -25,6 +26,7 @@ from efficientad.cli.common import (
     print_threshold_trust,
     progress_bars,
     refuse_overwrite,
+    region_of,
     require_calibration,
     value_range_of,
 )
@@ -109,6 +111,8 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         help="teacher channel statistics; auto computes them only if the model has none",
     )
     add_value_range(command)
+    add_region(command, "quantiles and threshold are found in it, and the detector keeps it")
+    command.add_argument("--no-region", action="store_true", help="inspect the whole frame again")
     command.add_argument("--border", choices=("nelson", "anomalib", "paper"))
     command.add_argument("--map-padding", type=int, metavar="CELLS")
     add_layout(command)
@@ -125,6 +129,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from efficientad.model.calibration import GoodImages, split_good_images
 
     check_running(options)
+    if options.region is not None and options.no_region:
+        raise UsageError("--region names a region and --no-region takes it away; leave one out")
     out = options.out or Path(options.model).with_suffix(".safetensors")
     refuse_overwrite(out, options.force, but=Path(options.model))
     value_range = value_range_of(options)
@@ -141,7 +147,10 @@ def run_calibrate(options: argparse.Namespace) -> int:
         detector.set_map_rule(options.border, options.map_padding)
     if value_range is not None:
         detector.value_range = value_range
-    print_notes(picture_notes(split_good_images(good, False)[1], detector.value_range))
+    held_out = split_good_images(good, False)[1]
+    if options.region is not None or options.no_region:
+        detector.set_region(region_of(options, held_out, detector))
+    print_notes(picture_notes(held_out, detector.value_range))
     failed: list[tuple[str, str]] = []
     with progress_bars() as progress:
         calibrate(

@@ -127,6 +127,7 @@ def _shortened(value: Any) -> Any:
 def describe(path: str) -> dict[str, Any]:
     """What is in a detector file."""
     from efficientad.checkpoint.loading import load
+    from efficientad.model.region import share
 
     detector = load(path)
     facts: dict[str, Any] = {
@@ -141,6 +142,9 @@ def describe(path: str) -> dict[str, Any]:
         if detector.calibrated
         else "not set",
         "value range": detector.value_range or "of the type of its samples",
+        "region": "the whole frame"
+        if detector.region is None
+        else f"{100 * share(detector.region):.1f} % of the frame",
         "threshold": detector.threshold if detector.threshold is not None else "not set",
     }
     if detector.calibrated:

@@ -16,6 +16,7 @@ from efficientad.cli.common import (
     UsageError,
     add_arithmetic,
     add_min_area,
+    add_region,
     add_running,
     build_predictor,
     check_arithmetic,
@@ -24,6 +25,7 @@ from efficientad.cli.common import (
     load_detector,
     print_notes,
     progress_bars,
+    region_of,
     require_calibration,
 )
 
@@ -53,6 +55,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         help="look at images in full resolution, in tiles of the input size that overlap by so "
         "many pixels; for a detector that was trained and calibrated on crops of that size",
     )
+    add_region(command, "in place of the detector's own, with its quantiles and threshold")
     add_min_area(command)
     add_arithmetic(command)
     add_running(
@@ -84,7 +87,7 @@ def run_predict(options: argparse.Namespace) -> int:
         )
     unread = [*left_out(options.images), *picture_notes(paths, detector.value_range)]
     print_notes(unread)
-    notes = [*_notes(options, detector), *unread]
+    notes = [*_notes(options, detector), *_look_at_region(options, detector, paths), *unread]
     run = _prepare(detector, options)  # the detector may lie on a GPU now
     folder = ResultFolder(
         options.out,
@@ -185,6 +188,33 @@ def _notes(options: argparse.Namespace, detector: EfficientAD) -> list[str]:
     )
     print(f"warning: {doubt}", file=sys.stderr)
     return [doubt]
+
+
+def _look_at_region(
+    options: argparse.Namespace, detector: EfficientAD, paths: list[Path]
+) -> list[str]:
+    """Set the region of --region, if there is one; sentences about it, for the report."""
+    from efficientad.model.region import reaches_beyond, share
+
+    calibrated = detector.region
+    if options.region is not None:
+        detector.set_region(region_of(options, paths, detector), keep_calibration=True)
+    if detector.region is None:
+        return []
+    if options.tiles is not None:
+        raise UsageError(
+            "--tiles looks at parts of an image and a region is of the whole; use a detector "
+            "without a region, and no --region"
+        )
+    notes = [f"Inspected is {100 * share(detector.region):.1f} % of the frame."]
+    if reaches_beyond(detector.region, calibrated):
+        doubt = (
+            "The region reaches beyond the one in which quantiles and threshold were found; what "
+            "lies there is judged by a threshold that has not seen it."
+        )
+        print(f"warning: {doubt}", file=sys.stderr)
+        notes.append(doubt)
+    return notes
 
 
 def _prepare(detector: EfficientAD, options: argparse.Namespace) -> Run:

@@ -19,9 +19,11 @@ from efficientad.data.folder_names import (
 )
 from efficientad.data.image_files import find_images, is_image, left_out
 from efficientad.data.mask_files import MASK_FOLDERS, MaskFiles, looks_like_mask
-from efficientad.data.visa import SPLIT, open_visa
+from efficientad.data.tables import listed_file, read_table
 from efficientad.utils.folders import subfolders, visible
 
+SPLIT = Path("split_csv", "1cls.csv")  # of VisA: says of every image where it belongs
+COLUMNS = ("object", "split", "label", "image", "mask")
 LAYOUTS = ("mvtec", "loco", "visa", "folder")
 _LOOKED_FOR = (
     "mvtec (train/good, test/<defect>), loco (train/good, validation/good), "
@@ -59,7 +61,7 @@ def open_dataset(
                 f"{root} looks like both visa and {_looks_like(root)[0]}; name a layout"
             )
         if layout == "visa" or (root / SPLIT).is_file():
-            return open_visa(root, category)
+            return _open_visa(root, category)
     if category is not None:
         root = root / category
         if not root.is_dir():
@@ -277,3 +279,54 @@ def _saturation(entry: Mapping) -> Saturation:
     if not 0 < threshold <= (1 if relative else float("inf")):
         raise ValueError(f"saturation_threshold {threshold} with relative_saturation {relative}")
     return Saturation(str(entry["defect_name"]), threshold, relative)
+
+
+def _open_visa(root: Path, category: str | None) -> DataSet:
+    """VisA by its one-class split: paths below root. A file that is missing fails when it is read.
+
+    Raises:
+        ValueError: no table, not its columns, no such category, or training images that are not
+            normal. FileNotFoundError: not one image of the category is there.
+    """
+    path = root / SPLIT
+    if not path.is_file():
+        raise ValueError(f"{root} has not the layout visa: no {SPLIT}")
+    rows = read_table(path, COLUMNS)
+    names = {row["object"].casefold(): row["object"] for row in reversed(rows)}
+    objects = sorted(names.values())
+    if category is None and len(objects) == 1:
+        category = objects[0]
+    if category is None or category.casefold() not in names:
+        raise ValueError(f"category must be one of {', '.join(objects)}, got {category!r}")
+    category = names[category.casefold()]
+    parts: dict[str, list[Sample]] = {"train": [], "test": []}
+    left_out: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row["image"].replace("\\", "/")):
+        if row["object"].casefold() != category.casefold():
+            continue
+        part = row["split"].casefold()
+        if part not in parts or not row["image"]:
+            left_out[row["split"]] = left_out.get(row["split"], 0) + 1
+            continue
+        normal = is_good_name(row["label"])
+        masks = (listed_file(root, row["mask"]),) if row["mask"] else ()
+        defect = GOOD if normal else row["label"]
+        image = listed_file(root, row["image"])
+        parts[part].append(Sample(image, int(not normal), defect, masks))
+    if not parts["train"] or any(sample.label for sample in parts["train"]):
+        raise ValueError(f"{path}: the training images of {category} must be normal, and some")
+    listed = [sample.path for sample in (*parts["train"], *parts["test"])]
+    if not any(map(os.path.isfile, listed)):
+        raise FileNotFoundError(
+            f"{path} lists {len(listed)} images of {category}, none of which exists; first: "
+            f"{listed[0]}"
+        )
+    notes = [
+        f"{count} rows of {SPLIT.name} with the split {split!r} were left out; splits are "
+        f"{' and '.join(parts)}."
+        for split, count in left_out.items()
+    ]
+    train, validation = split_validation(parts["train"])
+    return DataSet(
+        root, "visa", category, train, validation, tuple(parts["test"]), notes=tuple(notes)
+    )

@@ -90,6 +90,18 @@ def read_levels(path: Path, picture: Shape) -> Levels:
     return Levels(oriented(levels, turn), lossy, remarks)
 
 
+def white_pixels(path: Path) -> np.ndarray:
+    """Where a picture that belongs to no other is white, from half of its highest level on.
+
+    bool (H, W), upright by its own EXIF. ImageError for a file that cannot be read.
+    """
+    levels, _, lossy, _ = _read(path)
+    top = int(levels.max(initial=0))
+    if not top or (lossy and top < _NOISE):
+        return np.zeros(levels.shape, dtype=bool)
+    return 2 * levels.astype(np.int64) >= top
+
+
 def read_mask(paths: Sequence[Path], picture: Shape) -> Mask:
     """What the mask files of one picture mark, together.
 
@@ -125,13 +137,13 @@ def placement(mask: Shape, picture: Shape, name: str) -> tuple[int, frozenset[st
 
     Raises ImageError for a mask that fits only after a quarter turn that neither file names.
     """
-    if _same_aspect(mask.size, picture.size):
+    if same_aspect(mask.size, picture.size):
         unsaid = picture.orientation != 1 and mask.orientation == 1
         return 1, frozenset(("upright",) if unsaid else ())
     if picture.orientation >= 5 and mask.orientation == 1:
-        if _same_aspect(mask.size, picture.stored):
+        if same_aspect(mask.size, picture.stored):
             return picture.orientation, frozenset(("turned",))
-    if _same_aspect(mask.size[::-1], picture.size):
+    if same_aspect(mask.size[::-1], picture.size):
         raise ImageError(
             name,
             f"the mask is {_shown(mask.size)} and its picture {_shown(picture.size)}: one of them "
@@ -231,7 +243,7 @@ def _whole(levels: np.ndarray, name: str) -> np.ndarray:
     return np.ceil(scaled).astype(np.int32)  # what is not 0 stays so
 
 
-def _same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
+def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether sizes differ in nothing but scale, to within a pixel or a hundredth."""
     width = a[0] * b[1] / b[0]
     height = a[1] * b[0] / b[1]

@@ -20,6 +20,7 @@ from efficientad.data.masks import REMARKS
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD, check_detector
+from efficientad.model.region import share
 from efficientad.results.output_folder import ResultFolder, unique_names
 from efficientad.results.plain_path import (
     OnError,
@@ -126,6 +127,11 @@ def evaluate(
     if not detector.calibrated:
         detector.raise_uncalibrated()
     result = Evaluation(dataset.name, {}, notes=[*dataset.notes, *_missing_masks(dataset)])
+    if detector.region is not None:
+        result.notes.append(
+            f"Inspected is {100 * share(detector.region):.1f} % of the frame; a defect outside "
+            "counts as missed."
+        )
     result.arithmetic = _arithmetic(detector, predictor)
     folder = None
     if out is not None:
@@ -187,6 +193,7 @@ class _Run:
         self.remarks: dict[str, list[str]] = defaultdict(list)
         # Saturated PRO is defined per folder of test images; each accumulator takes up to 48 MB.
         self.pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)
+        self.region = None if detector.region is None else detector.region.cpu()
         self._names = unique_names([Path(s.defect) / s.path.name for s in dataset.test])
 
     def fail(self, path: Path, reason: str) -> None:
@@ -201,7 +208,14 @@ class _Run:
         own_size = sized_map(detector, raw, raw.source_size)
         if self.folder is not None:
             self.folder.add(
-                Prediction(raw.index, score, detector.threshold, own_size, raw.source_size),
+                Prediction(
+                    raw.index,
+                    score,
+                    detector.threshold,
+                    own_size,
+                    raw.source_size,
+                    region=self.region,
+                ),
                 sample.path,
                 self._names[raw.index],
                 image=read_image(sample.path, detector.value_range),

@@ -26,6 +26,7 @@ from efficientad.fast.fused_network import (
     forward,
     trunk,
 )
+from efficientad.fast.region_masks import region_masks
 from efficientad.model.detector import EfficientAD
 from efficientad.ops import reference
 from efficientad.ops.operators import kernel
@@ -70,6 +71,7 @@ class KernelBackend:
             detector.size, detector.padding, detector.image_size, detector.map_padding, device
         )
         self.border = self.plan.border
+        self.region = region_masks(detector, device)
         self._kernels = Kernels()
         self._workspace = Workspace()
         self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -78,8 +80,10 @@ class KernelBackend:
         return fold(detector, self.dtype, self.device)
 
     def reload(self, detector: EfficientAD) -> None:
-        """Take over another detector's weights, in place."""
+        """Take over another detector's weights and region, in place."""
         self.weights.copy_(self._fold(detector))
+        if self.region is not None:
+            self.region.reload(detector)
 
     def pack(self, image: Tensor, packed: Tensor, *, channels_last: bool) -> None:
         """Normalise uint8 or float images into `packed` (N, H + 2 border, W + 2 border, 4)."""
@@ -125,8 +129,13 @@ class KernelBackend:
     def anomaly_map(
         self, maps: Maps, size: tuple[int, int], padding: int, out: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Distance maps -> anomaly map (N, *size) and score (N,)."""
-        return self._kernels.anomaly_map(*maps, self.weights.affine, size, padding=padding, out=out)
+        """Distance maps -> anomaly map (N, *size) and score (N,), of the region alone."""
+        region = None
+        if self.region is not None:
+            region = [mask.view(torch.uint8) for mask in self.region.of(size, padding)]
+        return self._kernels.anomaly_map(
+            *maps, self.weights.affine, size, padding=padding, region=region, out=out
+        )
 
 
 class Fp8Backend(KernelBackend):
@@ -169,8 +178,9 @@ class Fp8Backend(KernelBackend):
         )  # fmt: skip
         with full_float32(), torch.autocast(self.device.type, enabled=False):
             maps = forward(self.plan, weights, packed, reference)
-        size = self.plan.image_size
-        return reference.anomaly_map(*maps, weights.affine, size, padding=self.plan.map_padding)
+        size, padding = self.plan.image_size, self.plan.map_padding
+        region = None if self.region is None else self.region.of(size, padding)
+        return reference.anomaly_map(*maps, weights.affine, size, padding=padding, region=region)
 
 
 class TorchBackend:
@@ -187,6 +197,7 @@ class TorchBackend:
         self.packed_dtype = torch.promote_types(dtype, torch.float32)
         self.network = FoldedNetwork(detector, dtype, device)
         self.name = network_name(dtype, device, shared=self.network.shared)
+        self.region = region_masks(detector, device)
         wide = torch.promote_types(dtype, torch.float32)
         self._mean, self._std, self._affine = (
             value.flatten().to(device, wide, copy=True)
@@ -195,8 +206,10 @@ class TorchBackend:
 
     @torch.no_grad()
     def reload(self, detector: EfficientAD) -> None:
-        """Take over another detector's weights, in place."""
+        """Take over another detector's weights and region, in place."""
         self.network.reload(detector)
+        if self.region is not None:
+            self.region.reload(detector)
         self.name = network_name(self.dtype, self.device, shared=self.network.shared)
         self._mean.copy_(detector.image_mean.flatten())
         self._std.copy_(detector.image_std.flatten())
@@ -220,8 +233,9 @@ class TorchBackend:
     def anomaly_map(
         self, maps: Maps, size: tuple[int, int], padding: int, out: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Distance maps -> anomaly map (N, *size) and score (N,)."""
-        result = reference.anomaly_map(*maps, self._affine, size, padding=padding)
+        """Distance maps -> anomaly map (N, *size) and score (N,), of the region alone."""
+        region = None if self.region is None else self.region.of(size, padding)
+        result = reference.anomaly_map(*maps, self._affine, size, padding=padding, region=region)
         if out is None:
             return result
         for place, value in zip(out, result, strict=True):

@@ -27,6 +27,9 @@ class FramePredictor(Protocol):
     threshold: float | None
     value_range: ValueRange | None
 
+    @property
+    def region(self) -> Tensor | None: ...
+
     def predict_frames(
         self, frames: Sequence[Frame], *, map_size: str | None, batched: bool
     ) -> Prediction:

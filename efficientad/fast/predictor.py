@@ -22,7 +22,8 @@ from efficientad.fast.options import choose_buckets, choose_dtype, fastest_dtype
 from efficientad.fast.streaming import stream
 from efficientad.fast.tiling import DEFAULT_OVERLAP, predict_large
 from efficientad.model.calibration import GoodImages
-from efficientad.model.detector import AnomalyOutput, EfficientAD, check_detector, check_threshold
+from efficientad.model.detector import EfficientAD, check_detector, check_threshold
+from efficientad.model.output import AnomalyOutput
 from efficientad.model.precision import doubt, stored_precision
 from efficientad.results.plain_path import OnError, RawMaps
 from efficientad.results.prediction import Prediction, check_map_size
@@ -205,7 +206,8 @@ class FastPredictor:
             serial = self._serial(len(frames), score)
         whole = map_size != "feature" or not self.map_padding
         numbers: dict[str, Any] = {
-            "whole": whole, "serial": serial, "not_numbers": self._not_numbers
+            "region": self.region, "whole": whole,
+            "serial": serial, "not_numbers": self._not_numbers,
         }  # fmt: skip
         if batched:
             index = range(len(frames))
@@ -294,13 +296,13 @@ class FastPredictor:
         return predict_large(self, source, overlap=overlap, batch=batch)
 
     def reload(self, detector: EfficientAD) -> None:
-        """Take over another detector's weights, quantiles and threshold, without recapture.
+        """Take over another detector's weights, quantiles, threshold and region, without recapture.
 
         Raises:
             UncalibratedError: it has no statistics or quantiles.
-            ValueError: another network, input size, map padding or score size; a detector that has
-                not earned the dtype that "auto" chose; always in fp8, whose scales and quantiles
-                belong to the predictor's own detector.
+            ValueError: another network, input size, map padding or score size; a region on one
+                side alone; a detector that has not earned the dtype that "auto" chose; always in
+                fp8, whose scales and quantiles belong to the predictor's own detector.
         """
         check_detector(detector)
         if not detector.calibrated:
@@ -315,6 +317,11 @@ class FastPredictor:
                 raise ValueError(
                     f"the detector has {name} {b} and the predictor {a}; build a new predictor"
                 )
+        if (detector.region is None) != (self.region is None):
+            has = ("no region", "one") if detector.region is None else ("a region", "none")
+            raise ValueError(
+                f"the detector has {has[0]} and the predictor {has[1]}; build a new predictor"
+            )
         problem = self._doubt(detector, self.dtype) if self._automatic else None
         if problem is not None:
             raise ValueError(
@@ -324,6 +331,11 @@ class FastPredictor:
         self.engine.reload(detector)
         self._detector = copy.deepcopy(detector).cpu()
         self.facts["precision"] = self._judged(detector)
+
+    @property
+    def region(self) -> Tensor | None:
+        """What is inspected, bool (H, W) at `image_size`, on the host; None is everything."""
+        return self._detector.region
 
     @property
     def threshold(self) -> float | None:

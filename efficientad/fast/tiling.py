@@ -170,8 +170,14 @@ def predict_large(
 
     Raises:
         ImageError: a frame that cannot be read.
-        ValueError: an overlap or a batch out of range, or an image smaller than a tile.
+        ValueError: an overlap or a batch out of range, an image smaller than a tile, or a detector
+            with a region, which is of whole frames.
     """
+    if predictor.region is not None:
+        raise ValueError(
+            "the detector has a region, which is of whole frames, and tiles are parts of one: use "
+            "the plain call, or a detector without a region"
+        )
     frame = read_frame(source, predictor.value_range)
     size, tile = tuple(frame.shape[:2]), predictor.image_size
     check_tiles(size, tile, overlap)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from efficientad.model.detector import MAP_AT_QB
+from efficientad.model.map_rule import MAP_AT_QB
 from efficientad.utils.devices import FP8
 
 # Largest and RMS difference of maps from float32's, as parts of the maps' scale.

@@ -28,6 +28,7 @@ from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD, check_detec
 from efficientad.model.good_images import GoodImagesSeen, warn_of_odd
 from efficientad.model.networks import TEACHER_CHANNELS
 from efficientad.model.precision import Precision
+from efficientad.model.region import facts, index_of, of_cells
 from efficientad.model.trust import judge_lots, named_lots, trust, warn_of_own
 from efficientad.utils.checks import check_number
 from efficientad.utils.devices import full_float32
@@ -122,12 +123,14 @@ def quantile_values(detector: EfficientAD, maps: Tensor) -> Tensor:
     """The values of raw maps (N, h, w) that count for the quantiles under the detector's rule.
 
     "nelson": the raw cells. "anomalib": the pixels of the zero-padded, resized map. "paper": those
-    of the resized map, which has no padding.
+    of the resized map, which has no padding. With a region those in it, (N, k).
     """
-    if detector.border == "nelson":
-        return maps
-    padded = F.pad(maps[:, None], (detector.map_padding,) * 4)
-    return F.interpolate(padded, size=detector.image_size, mode="bilinear")[:, 0]
+    values, counted = maps, detector.region_cells
+    if detector.border != "nelson":
+        padded = F.pad(maps[:, None], (detector.map_padding,) * 4)
+        values = F.interpolate(padded, size=detector.image_size, mode="bilinear")[:, 0]
+        counted = detector.region
+    return values if counted is None else values[:, counted.to(values.device)]
 
 
 def threshold_from_scores(scores: Sequence[float], false_positive_rate: float) -> float:
@@ -226,8 +229,8 @@ def calibrate(
                 collected, seen = ChannelStatistics(), GoodImagesSeen("the channel statistics")
                 for batch in batches(train, "channel statistics"):
                     if (shows := seen.add(batch)).any():
-                        x = detector.normalize(batch.images[shows].to(device))
-                        collected.add(detector.teacher(x))
+                        x = detector.teacher(detector.normalize(batch.images[shows].to(device)))
+                        collected.add(of_cells(x, index_of(detector.region_cells)))
                 seen.check("they are left out", alike=False)
                 detector.set_statistics(*collected.of_teacher())
             source_sizes: list[tuple[int, int]] = []
@@ -263,7 +266,7 @@ def calibrate(
         "precision": precision,
         "trained_on": own,
         "lots": by_lot,
-        **trust(scores, detector.threshold),
+        **(trust(scores, detector.threshold) | facts(detector.region)),
     }
     return detector
 

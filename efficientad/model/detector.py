@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from efficientad.model.map_rule import affine_of, check_border
 from efficientad.model.networks import (
     PDN,
     STUDENT_CHANNELS,
@@ -24,61 +24,21 @@ from efficientad.model.networks import (
     check_pair,
     feature_size,
 )
+from efficientad.model.output import AnomalyOutput
+from efficientad.model.region import RegionLike, check_cells, fitted, masks_of
 from efficientad.ops import reference
 from efficientad.utils.checks import check_flag, is_number
 from efficientad.utils.processes import pickled_by_content
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-BORDERS = ("nelson", "anomalib", "paper")
 SCORE_SIZES = ("input", "source")
 QUANTILE_NAMES = ("qa_st", "qb_st", "qa_ae", "qb_ae")
 QUANTILE_LEVELS = (0.9, 0.995)  # q_a and q_b of the paper
-MAP_AT_QB = 0.1  # the map's unit: q_a of the good images is sent to 0 and q_b to 0.1
 
 
 class UncalibratedError(ValueError):
     """A score was asked of a detector whose statistics or quantiles are not set."""
-
-
-@dataclass(frozen=True)
-class AnomalyOutput:
-    """What the detector says of a batch of N images.
-
-    Attributes:
-        score: (N,) image scores, the maximum of `anomaly_map`; not clamped, negative is normal.
-        anomaly_map: (N, H, W) at the size of the network's input.
-        map_st, map_ae: (N, h, w) raw student-teacher and student-autoencoder distance maps at
-            feature resolution, before any normalisation.
-    """
-
-    score: Tensor
-    anomaly_map: Tensor
-    map_st: Tensor
-    map_ae: Tensor
-
-
-torch.export.register_dataclass(AnomalyOutput, serialized_type_name="efficientad.AnomalyOutput")
-
-
-def _check_border(border: str, padding: bool, map_padding: int | None) -> int:
-    """Return the map padding in cells after checking the rule; see `EfficientAD`."""
-    if border not in BORDERS:
-        raise ValueError(f"border is {border!r}; it must be one of {', '.join(map(repr, BORDERS))}")
-    if border == "paper":
-        if not padding:
-            raise ValueError(
-                "border is 'paper' and the network is unpadded; the paper's rule pads no map, and "
-                "without it 56 cells would be stretched to 256 pixels and the map misaligned. "
-                "Use 'nelson' or 'anomalib', or the padded network (padding=True)"
-            )
-        if map_padding:
-            raise ValueError(f"map_padding is {map_padding}; border 'paper' pads no map: use 0")
-    if map_padding is None:
-        return 0 if padding else 4
-    if isinstance(map_padding, bool) or not isinstance(map_padding, int) or map_padding < 0:
-        raise ValueError(f"map_padding is {map_padding!r}; it must be an integer >= 0 (cells)")
-    return map_padding
 
 
 def check_threshold(value: object) -> float | None:
@@ -121,6 +81,8 @@ class EfficientAD(nn.Module):
     teacher_std: Tensor
     quantiles: Tensor
     affine: Tensor
+    _region: Tensor | None
+    _cells: Tensor | None
     value_range: tuple[float, float] | None = None  # of samples above 8 bits: data/samples.py
 
     def __init__(
@@ -150,12 +112,14 @@ class EfficientAD(nn.Module):
         self.register_buffer("teacher_std", torch.ones(channels))
         self.register_buffer("quantiles", torch.full((4,), float("nan")))
         self.register_buffer("affine", torch.full((4,), float("nan")), persistent=False)
+        self.register_buffer("_region", None, persistent=False)
+        self.register_buffer("_cells", None, persistent=False)
         self.threshold = None
         self.provenance: dict[str, Any] = {}
         self._has_statistics = False
         self._calibrated = False
         self.border = border if border is not None else ("paper" if padding else "nelson")
-        self.map_padding = _check_border(self.border, self.padding, map_padding)
+        self.map_padding = check_border(self.border, self.padding, map_padding)
         self.image_size = check_pair(image_size)
         self.register_load_state_dict_post_hook(_resolve_after_load)
         self.eval()
@@ -269,12 +233,53 @@ class EfficientAD(nn.Module):
         """
         new_border = self.border if border is None else border
         keep = self.map_padding if map_padding is None and new_border != "paper" else map_padding
-        new_padding = _check_border(new_border, self.padding, keep)
+        new_padding = check_border(new_border, self.padding, keep)
         new_size = self.image_size if image_size is None else check_pair(image_size)
         if (new_border, new_padding, new_size) == (self.border, self.map_padding, self.image_size):
             return
+        before = self.border, self.map_padding, self.image_size
         self.border, self.map_padding, self.image_size = new_border, new_padding, new_size
+        try:
+            self.set_region(self._region)
+        except ValueError:
+            self.border, self.map_padding, self.image_size = before
+            raise
         self.clear_quantiles()
+
+    @property
+    def region(self) -> Tensor | None:
+        """What is inspected, bool (H, W) at `image_size`; None is everything. See `set_region`."""
+        return self._region
+
+    @property
+    def region_cells(self) -> Tensor | None:
+        """The cells of a distance map that an inspected pixel overlaps, bool (h, w), or None."""
+        return self._cells
+
+    def set_region(self, region: RegionLike | None, *, keep_calibration: bool = False) -> None:
+        """Inspect a part of every frame: outside it the map is neither score nor defect.
+
+        The networks see the whole frame as before. Outside the map has the value of distance 0; a
+        NaN there does not reach the score. Calibration and training look at the region alone.
+
+        Args:
+            region: a file that `data.region_files` describes, or bool (H, W) of the frame, of any
+                size; None is the whole frame.
+            keep_calibration: keep quantiles and threshold, which were found in another region and
+                are cleared otherwise: for a look at a part of what they were found in.
+
+        Raises:
+            ValueError: nothing inspected, or nothing that the networks see. FileNotFoundError.
+        """
+        new = cells = None
+        if region is not None:
+            new = fitted(region, self.image_size).to(self.affine.device)
+            cells = check_cells(new, self.feature_size(), self.map_padding)
+        old = self._region
+        same = new is old or (new is not None and old is not None and torch.equal(new, old))
+        self._region, self._cells = new, cells
+        if not (same or keep_calibration):
+            self.clear_quantiles()
 
     def _resolve(self) -> None:
         """Derive the affine map of `reference.anomaly_map` once, not in every forward."""
@@ -283,22 +288,9 @@ class EfficientAD(nn.Module):
         if not self._calibrated:
             self.affine.fill_(float("nan"))
             return
-        slope, offset, frame = [], 0.0, 0.0
-        for kind, qa, qb in (("st", q[0].item(), q[1].item()), ("ae", q[2].item(), q[3].item())):
-            floor = 1e-6 * max(1.0, abs(qa))
-            if qb - qa < floor:
-                warnings.warn(
-                    f"q_a and q_b of the {kind} map are both {qa:g}: the validation maps are "
-                    f"constant. q_b is taken as q_a + {floor:g}",
-                    stacklevel=3,
-                )
-                qb = qa + floor
-            a = 0.5 * MAP_AT_QB / (qb - qa)
-            slope.append(a)
-            offset -= a * qa
-        if self.border == "anomalib":
-            frame = offset  # a padded cell has distance 0 in both maps
-        self.affine.copy_(torch.tensor([*slope, offset, frame], dtype=torch.float64))
+        self.affine.copy_(
+            torch.tensor(affine_of(*q.tolist(), border=self.border), dtype=torch.float64)
+        )
 
     # ---- forward -----------------------------------------------------------------------------
 
@@ -338,7 +330,13 @@ class EfficientAD(nn.Module):
         """Combine raw maps (N, h, w) to an anomaly map of `size` pixels and its maximum (N,)."""
         if not self.calibrated:
             self.raise_uncalibrated()
-        return reference.anomaly_map(map_st, map_ae, self.affine, size, padding=self.map_padding)
+        region = None
+        if self._region is not None and self._cells is not None:  # they are set together
+            height, width = map_st.shape[-2:]
+            region = masks_of(self._region, self._cells, size, (height, width), self.map_padding)
+        return reference.anomaly_map(
+            map_st, map_ae, self.affine, size, padding=self.map_padding, region=region
+        )
 
     def forward(self, image: Tensor) -> AnomalyOutput:
         """Image (N, 3, H, W), RGB float in 0..1, H and W >= 256 -> scores and maps.

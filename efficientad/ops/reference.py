@@ -346,6 +346,7 @@ def anomaly_map(
     *,
     padding: int,
     map_dtype: torch.dtype | None = None,
+    region: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalise, combine, pad and upsample the distance maps; take the maximum (Algorithm 2, 7-11).
 
@@ -360,6 +361,8 @@ def anomaly_map(
         padding: cells put on every side before the resize.
         map_dtype: of the map, float32 or float16; None is that of the distance maps. The score is
             not rounded to it.
+        region: what counts, bool: of the result (*size) and of the distance maps' cells (h, w).
+            Outside the map is `offset`, which no distance falls below; None is everywhere.
 
     Returns:
         (anomaly_map (N, *size), score (N,)), in at least float32; the score is the maximum after
@@ -374,9 +377,13 @@ def anomaly_map(
     combined = torch.where(combined.isfinite(), combined, torch.nan)
     padded = F.pad(combined[:, None], (padding,) * 4)
     up = F.interpolate(padded, size=size, mode="bilinear")[:, 0].add_(frame)  # in place: large
-    score = up.amax(dim=(-2, -1))
+    broken, counted = combined.isnan(), up
+    if region is not None:
+        broken, counted = broken & region[1], up.masked_fill(~region[0], -torch.inf)
+        up = torch.where(region[0], up, offset)
+    score = counted.amax(dim=(-2, -1))
     # A downscale may skip cells; a value that is not finite counts wherever it is.
-    score = torch.where(combined.isnan().any(-1).any(-1), torch.nan, score)
+    score = torch.where(broken.any(-1).any(-1), torch.nan, score)
     return up.to(map_dtype or up.dtype), score
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from efficientad.results.overlay import overlay_strips
 from efficientad.results.prediction import Prediction
@@ -38,12 +39,17 @@ def write_picture(path: Path, picture: Any) -> None:
     replace_file(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
-def overlay_picture(image: np.ndarray, anomaly_map: np.ndarray, threshold: float | None) -> Any:
+def overlay_picture(
+    image: np.ndarray,
+    anomaly_map: np.ndarray,
+    threshold: float | None,
+    region: Tensor | None = None,
+) -> Any:
     """`overlay` as a Pillow image, without a second copy of a large picture."""
     from PIL import Image
 
     picture = Image.new("RGB", (image.shape[1], image.shape[0]))
-    for rows, part in overlay_strips(image, anomaly_map, threshold):
+    for rows, part in overlay_strips(image, anomaly_map, threshold, region=region):
         picture.paste(Image.fromarray(part), (0, rows.start))
     return picture
 
@@ -179,7 +185,10 @@ class ResultFolder:
                 self.files.append(path.relative_to(self.root).as_posix())
             if self.overlays is not None:
                 path = self.overlays / name.with_name(f"{name.name}.png")
-                write_picture(path, overlay_picture(image, prediction.anomaly_map, self.threshold))
+                drawn = overlay_picture(
+                    image, prediction.anomaly_map, self.threshold, prediction.region
+                )
+                write_picture(path, drawn)
                 self.files.append(path.relative_to(self.root).as_posix())
         except OSError as error:
             self.fail(source, f"scored, but not written: {error.strerror or error}")
@@ -196,7 +205,9 @@ class ResultFolder:
                 "regions": None if regions is None else [r.to_dict() for r in regions],
             }
         )
-        shown, heat = thumbnail(image, prediction.anomaly_map, self.threshold)
+        shown, heat = thumbnail(
+            image, prediction.anomaly_map, self.threshold, region=prediction.region
+        )
         self.items.append(
             ReportItem(
                 name=str(name),

@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
+from torch import Tensor
 
 from efficientad.data.samples import strips
-from efficientad.model.detector import MAP_AT_QB
+from efficientad.model.map_rule import MAP_AT_QB
+from efficientad.model.region import resized
 
 _TEMPORARY = 16  # numbers a pixel that blending holds for a moment
 NAN_COLOR = (0, 230, 150)  # not in the colour map
+REGION_COLOR = (70, 180, 255)  # of the inspected region's outline, neither
 STOPS = (  # position on the scale, RGB; lightness rises evenly from dark blue to pale yellow
     (0.00, (24, 20, 92)),
     (0.17, (84, 22, 134)),
@@ -142,18 +145,21 @@ def overlay(
     *,
     strength: float = 0.8,
     contour: bool = True,
+    region: Tensor | None = None,
 ) -> np.ndarray:
     """Blend the map's colours over the image and outline what lies above the threshold.
 
     Opacity is 0 up to the low end of the scale (those pixels stay as they are), grows with the
     square root of the place on the scale and ends at `strength`. The outline is a white line with
-    a dark one outside, to be seen on any ground; it needs a finite threshold.
+    a dark one outside, to be seen on any ground; it needs a finite threshold. A blue line runs
+    around the inspected region, inside it.
 
     Args:
         image: uint8 (H, W, 3), RGB.
         anomaly_map: (h, w) in the detector's unit; resized, bilinear, to the image.
         threshold: of the detector, or None.
         strength: opacity at the high end, 0..1.
+        region: what is inspected, bool of any size, resized to the image; None is everything.
 
     Returns:
         uint8 (H, W, 3), a new array.
@@ -164,7 +170,7 @@ def overlay(
     image = check_image(image)
     out = np.empty_like(image, order="C")
     for rows, part in overlay_strips(
-        image, anomaly_map, threshold, strength=strength, contour=contour
+        image, anomaly_map, threshold, strength=strength, contour=contour, region=region
     ):
         out[rows] = part
     return out
@@ -177,6 +183,7 @@ def overlay_strips(
     *,
     strength: float = 0.8,
     contour: bool = True,
+    region: Tensor | None = None,
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """`overlay` as (rows, their pixels) from top to bottom: little memory for a large picture."""
     image = check_image(image)
@@ -185,21 +192,30 @@ def overlay_strips(
     height, width = image.shape[:2]
     scale = map_scale(threshold)
     values = resize_map(anomaly_map, (height, width))
+    inspected = None if region is None else resized(region, (height, width)).numpy()
     parts = list(strips(height, width, _TEMPORARY))
-    line = 0
+    line = max(1, round(min(height, width) / 400))
+
+    def above(rows: slice) -> np.ndarray:
+        marked = values[rows] > threshold
+        return marked if inspected is None else marked & inspected[rows]
+
     if contour and threshold is not None and math.isfinite(threshold):
-        some = any((values[rows] > threshold).any() for rows in parts)
-        if some and not all((values[rows] > threshold).all() for rows in parts):
-            line = max(1, round(min(height, width) / 400))
+        contour = any(above(rows).any() for rows in parts)
+        contour = contour and not all(above(rows).all() for rows in parts)
+    else:
+        contour = False
     for rows in parts:
         part = _blended(image[rows], values[rows], scale, strength)
-        if line:
-            top = max(0, rows.start - line)
-            near = values[top : rows.stop + line] > threshold
-            here = slice(rows.start - top, rows.stop - top)
-            above = near[here]
-            part[_grown(near, line)[here] & ~above] = (20, 20, 24)
-            part[above & _grown(~near, line)[here]] = 255
+        top = max(0, rows.start - line)
+        around, here = slice(top, rows.stop + line), slice(rows.start - top, rows.stop - top)
+        if inspected is not None:
+            inside = inspected[around]
+            part[inside[here] & _grown(~inside, line)[here]] = REGION_COLOR
+        if contour:
+            near = above(around)
+            part[_grown(near, line)[here] & ~near[here]] = (20, 20, 24)
+            part[near[here] & _grown(~near, line)[here]] = 255
         yield rows, part
 
 

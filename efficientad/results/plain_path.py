@@ -115,4 +115,5 @@ def _prediction(detector: EfficientAD, raw: RawMaps, map_size: str) -> Predictio
         detector.threshold,
         sized_map(detector, raw, raw.source_size if map_size == "source" else detector.image_size),
         raw.source_size,
+        region=None if detector.region is None else detector.region.cpu(),
     )

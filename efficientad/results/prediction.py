@@ -39,6 +39,7 @@ class Prediction:
         source_size: (height, width) of the image before resizing; of a batch, one per image.
         threshold: by which `is_anomalous` judges; None judges nothing.
         image: the frame itself, uint8 (H, W, 3), for `overlay`; None where it is not kept.
+        region: what is inspected, bool (H, W) at the network's input size; None is everything.
         whole: whether the map covers the frame from edge to edge; "feature" maps may not.
     """
 
@@ -48,6 +49,7 @@ class Prediction:
         "anomaly_map",
         "image",
         "index",
+        "region",
         "score",
         "source_size",
         "threshold",
@@ -67,13 +69,14 @@ class Prediction:
         source_size: Any,
         image: Any = None,
         *,
+        region: Tensor | None = None,
         whole: bool = True,
         serial: int = 0,
         not_numbers: set[int] | None = None,
     ) -> None:
         self.index, self.score, self.threshold = index, score, threshold
         self.anomaly_map, self.source_size, self.image = anomaly_map, source_size, image
-        self.whole = whole
+        self.region, self.whole = region, whole
         # Where host values show a NaN score, its serial number goes to the predictor's set.
         self._serial, self._not_numbers = serial, not_numbers
 
@@ -107,6 +110,7 @@ class Prediction:
             None if self.anomaly_map is None else self.anomaly_map[i],
             self.source_size[i],
             None if self.image is None else self.image[i],
+            region=self.region,
             whole=self.whole,
             serial=self._serial + i,
             not_numbers=self._not_numbers,
@@ -123,6 +127,7 @@ class Prediction:
             None if self.anomaly_map is None else self.anomaly_map[part],
             self.source_size[part],
             None if self.image is None else self.image[part],
+            region=self.region,
             whole=self.whole,
             serial=self._serial + places.start,
             not_numbers=self._not_numbers,
@@ -142,17 +147,19 @@ class Prediction:
         if not self.batched:
             score = float(score)
         return Prediction(
-            self.index, score, self.threshold, maps, self.source_size, self.image, whole=self.whole
-        )
+            self.index, score, self.threshold, maps, self.source_size, self.image,
+            region=self.region, whole=self.whole,
+        )  # fmt: skip
 
     def regions(
         self, *, threshold: float | None = None, min_area: float = 0
     ) -> list[AnomalousRegion]:
         """Where the map lies above the threshold: connected regions, the highest score first.
 
-        They are found at the map's own size and their boxes are rounded outwards to pixels of the
-        frame. The verdict is the score's: with a map of another size than the score was found at,
-        an image next to the threshold may be anomalous and have no region, or the reverse.
+        Outside the inspected region there is none. They are found at the map's own size and their
+        boxes are rounded outwards to pixels of the frame. The verdict is the score's: with a map of
+        another size than the score was found at, an image next to the threshold may be anomalous
+        and have no region, or the reverse.
 
         Args:
             threshold: in place of the prediction's own.
@@ -178,8 +185,9 @@ class Prediction:
         if threshold is None:
             raise ValueError("the prediction has no threshold, which regions lie above; give one")
         return anomalous_regions(
-            _host(self.anomaly_map), self.source_size, threshold, min_area=min_area
-        )
+            _host(self.anomaly_map), self.source_size, threshold,
+            region=self.region, min_area=min_area,
+        )  # fmt: skip
 
     def overlay(self, **options: Any) -> Any:
         """The frame with the map's colours over it, as a PIL image (see `overlay.overlay`).
@@ -194,8 +202,9 @@ class Prediction:
         if self.anomaly_map is None or self.image is None:
             what = "map" if self.anomaly_map is None else "image"
             raise ValueError(f"the prediction holds no {what} to draw")
+        image, anomaly_map = _host(self.image), _host(self.anomaly_map)
         return Image.fromarray(
-            overlay(_host(self.image), _host(self.anomaly_map), self.threshold, **options)
+            overlay(image, anomaly_map, self.threshold, **{"region": self.region, **options})
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from efficientad.data.samples import strips
+from efficientad.model.region import resized
 from efficientad.utils.checks import check_number
 
 
@@ -37,6 +39,7 @@ def anomalous_regions(
     source_size: tuple[int, int],
     threshold: float,
     *,
+    region: Tensor | None = None,
     min_area: float = 0,
 ) -> list[AnomalousRegion]:
     """The regions of a map above the threshold, the highest score first (NaN before all).
@@ -47,6 +50,7 @@ def anomalous_regions(
         anomaly_map: (h, w) float, of the whole frame, at any size.
         source_size: (height, width) of the frame in pixels.
         threshold: in the map's unit.
+        region: what is inspected, bool of any size; None is everything.
         min_area: smaller regions, in pixels of the frame, are left out.
 
     Raises:
@@ -58,6 +62,8 @@ def anomalous_regions(
     values = np.asarray(anomaly_map, dtype=np.float32)
     above = np.less_equal(values, np.float32(threshold))
     np.logical_not(above, out=above)
+    if region is not None:
+        above &= resized(region, values.shape).numpy()
     if not above.any():
         return []
     labels = _labelled(above)

@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from efficientad.results.overlay import check_image, colorbar, map_scale, overlay, shrink_map
 from efficientad.results.regions import AnomalousRegion
@@ -66,12 +67,17 @@ def _encoded(image: np.ndarray, kind: str = "JPEG") -> bytes:
 
 
 def thumbnail(
-    image: np.ndarray, anomaly_map: np.ndarray, threshold: float | None, side: int = 192
+    image: np.ndarray,
+    anomaly_map: np.ndarray,
+    threshold: float | None,
+    side: int = 192,
+    region: Tensor | None = None,
 ) -> tuple[bytes, bytes]:
     """Small JPEGs of an image and of its heat map, at most `side` pixels wide and high.
 
     Args:
         image: uint8 (H, W, 3). anomaly_map: (h, w). threshold: of the detector, or None.
+        region: what is inspected, as in `overlay`.
 
     Returns:
         (image, heat map over the image), a few kilobytes each whatever the image's size.
@@ -93,7 +99,7 @@ def thumbnail(
         size = max(1, round(width * ratio)), max(1, round(height * ratio))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
     values = shrink_map(np.asarray(anomaly_map, np.float32), side)
-    return _encoded(image), _encoded(overlay(image, values, threshold))
+    return _encoded(image), _encoded(overlay(image, values, threshold, region=region))
 
 
 def _rank(item: ReportItem) -> tuple[bool, float]:

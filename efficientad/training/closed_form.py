@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from efficientad.model.calibration import ChannelStatistics, Progress
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN, TEACHER_CHANNELS, same_inner_layers
+from efficientad.model.region import index_of, of_cells
 from efficientad.training.losses import teacher_features, trunk
 from efficientad.training.pictures import TrainingImages, to_rgb
 from efficientad.utils.processes import computing
@@ -113,7 +114,7 @@ class View(NamedTuple):
     """One look at a training image: the factor of its brightness, and the cells that count."""
 
     gain: float
-    cells: Tensor  # (n,) of the h * w of a distance map
+    cells: Tensor  # (n,) of those of a distance map that are inspected
 
 
 def views(seed: int, index: int, images: int, cells: int, in_map: int) -> list[View]:
@@ -176,7 +177,8 @@ def solve_last_layers(
         detector: with its teacher's weights and the inner layers that it keeps; on a CPU.
         images: good images; unreadable ones are left out.
         half: inner layers in bfloat16, where the processor multiplies it.
-        cells: of the distance maps, sampled over all images; None: `CELLS`.
+        cells: of the distance maps, sampled over all images; None: `CELLS`. With a region its
+            share of them, inside it.
         progress: called with ("closed form", images so far, images in all).
 
     Raises:
@@ -241,13 +243,17 @@ def _moments(
         widths["teacher"] = TEACHER_CHANNELS
     moments = Moments(**widths)
     count = len(images)
+    inspected = index_of(detector.region_cells)
+    in_map = height * width if inspected is None else len(inspected)
+    cells = -(-cells * in_map // (height * width))  # as many looks as without a region
     for i, found in images.read_all("closed form", workers, progress):
         image = to_rgb(torch.tensor(found)[None], detector.affine.device)
         if statistics is not None:
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 features = teacher_features(detector, image)
-            statistics.add(features.float())
-        for gain, chosen in views(seed, i, count, cells, height * width):
+            statistics.add(of_cells(features.float(), inspected))
+        for gain, sampled in views(seed, i, count, cells, in_map):
+            chosen = sampled if inspected is None else inspected[sampled]
             x = detector.normalize((image * gain).clamp_(0, 1))
             # Untrained, it hardly answers to its image: bfloat16 would round that away.
             decoded = decoder.inner(detector.autoencoder.encoder(x), detector.image_size)

@@ -23,6 +23,8 @@ from efficientad.evaluation.evaluation import evaluate as measure
 from efficientad.model.calibration import FALSE_POSITIVE_RATE, Measure, Progress, calibrate
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN
+from efficientad.model.region import RegionLike, digest
+from efficientad.model.region import facts as region_facts
 from efficientad.training import closed_form
 from efficientad.training.pictures import Photos, PictureSource, TrainingImages, augmented
 from efficientad.training.schedules import choose_schedule, settings_of
@@ -78,6 +80,7 @@ def fit(
     log_every: int = 100,
     deterministic: bool = False,
     value_range: tuple[float, float] | None = None,
+    region: RegionLike | None = None,
     progress: Progress | None = None,
     on_history: Callable[[dict[str, Any]], None] | None = None,
 ) -> EfficientAD:
@@ -105,11 +108,11 @@ def fit(
             as JSON; None: beside `out`, if there is one.
         resume: True continues from the checkpoint, "auto" does if it is there, False starts anew.
             On a CPU with the same number of threads the result is the same bit for bit.
-        force: replace a checkpoint that is there; refused otherwise. evaluate_every, log_every:
-            steps between evaluations on the test images (0: none) and between entries of the
-            history. deterministic: the same bits on a GPU too, slower.
-        value_range: (low, high) of samples above 8 bits (`data/samples.py`). progress: called with
-            (what, done, total). on_history: with every entry of the history.
+        force: replace a checkpoint that is there. deterministic: the same bits on a GPU, slower.
+        evaluate_every, log_every: steps between tests (0: none) and between entries of the history.
+        value_range: (low, high) of samples above 8 bits (`data/samples.py`). region: what is
+            inspected and learned of a frame, a file (`data/region_files.py`) or bool (H, W).
+        progress: called with (what, done, total). on_history: with every entry of the history.
 
     Returns:
         The detector, calibrated, float32, on the CPU, in eval mode. `provenance` says what it was
@@ -125,10 +128,9 @@ def fit(
     """
     started = time.monotonic()
     asked: dict[str, Any] = {
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
-        "weight_decay": weight_decay, "hard_quantile": hard_quantile, "penalty": penalty,
-        "warm_start": warm_start, "checkpoint": checkpoint, "resume": resume,
-        "evaluate_every": evaluate_every,
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay":
+        weight_decay, "hard_quantile": hard_quantile, "penalty": penalty, "warm_start": warm_start,
+        "checkpoint": checkpoint, "resume": resume, "evaluate_every": evaluate_every,
     }  # fmt: skip
     schedule, device = choose_schedule(schedule, device, asked)
     dtype = choose_dtype(dtype, device)
@@ -137,9 +139,9 @@ def fit(
         settings, device, schedule=schedule, out=out, checkpoint=checkpoint, resume=resume,
         size=size, padding=padding, image_size=image_size, teacher=teacher, penalty=penalty,
         warm_start=warm_start, false_positive_rate=false_positive_rate, workers=workers,
-        threads=threads,
         checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, value_range=value_range,
-        deterministic=deterministic, progress=progress, on_history=on_history,
+        threads=threads, deterministic=deterministic, region=region, progress=progress,
+        on_history=on_history,
     ))  # fmt: skip
     parts = _prepare(task, dataset)
     with computing_threads(_threads(task, parts)):
@@ -170,6 +172,7 @@ def _prepare(task: Task, dataset: DataSet) -> _Parts:
     seed = task.settings.seed
     detector = new_detector(task.size, task.padding, task.image_size, seed, task.teacher)
     detector.value_range = task.value_range
+    detector.set_region(task.region)
     paths = [sample.path for sample in dataset.train]
     for note in range_notes(paths, task.value_range):
         warnings.warn(note, ValueRangeWarning, stacklevel=3)
@@ -196,6 +199,7 @@ def _prepare(task: Task, dataset: DataSet) -> _Parts:
         "teacher": teacher_digest(detector.teacher),
         "warm_start": task.warm_start,
         "photos": 0 if photos is None else len(photos),
+        "region": digest(detector.region),
         **({} if task.value_range is None else {"value_range": list(task.value_range)}),
     }
     source = PictureSource(
@@ -326,6 +330,7 @@ def _provenance(
         "images": len(images),
         "images_held_out": len(dataset.validation),
         "known_pictures": images.known(),
+        **region_facts(parts.detector.region),
         "teacher": parts.identity["teacher"],
         "device": str(task.device),
         "torch": torch.__version__,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN, TEACHER_CHANNELS, feature_size
+from efficientad.model.region import of_cells
 from efficientad.ops import differentiable_conv
 
 TERMS = ("hard", "penalty", "autoencoder", "student_autoencoder")
@@ -155,17 +156,21 @@ def standardized(detector: EfficientAD, features: Tensor) -> Tensor:
     return (features - detector.teacher_mean) / detector.teacher_std
 
 
-def step_losses(detector: EfficientAD, inputs: StepInputs, hard_quantile: float) -> Tensor:
+def step_losses(
+    detector: EfficientAD, inputs: StepInputs, hard_quantile: float, cells: Tensor | None = None
+) -> Tensor:
     """The four terms of `TERMS`, (4,), differentiable; the training minimises their sum.
 
     The teacher's channel statistics must be set, and the autoencoder in training mode.
+    cells: `region.index_of` those of the good images that count; None: all. Of photos all count.
     """
     image, augmented, photo, features = inputs
     n = len(image)
     if features is None:
         features = teacher_features(detector, image)
-    target = standardized(detector, features)
+    target = of_cells(standardized(detector, features), cells)
     target_augmented = standardized(detector, teacher_features(detector, augmented))
+    target_augmented = of_cells(target_augmented, cells)
     # The photo stands beside the image: both need the first half of the last layer.
     pictures = [image, augmented] if photo is None else [image, photo, augmented]
     x = detector.normalize(torch.cat(pictures))
@@ -175,7 +180,8 @@ def step_losses(detector: EfficientAD, inputs: StepInputs, hard_quantile: float)
     # torch's own convolutions on a CPU find the filters' gradients faster channels first.
     own = differentiable_conv.serves(x)
     autoencoder = detector.autoencoder(x[-n:].contiguous() if own else x[-n:])
-    distances = squared_difference(target, student_st[:n])
+    autoencoder, student_ae = of_cells(autoencoder, cells), of_cells(student_ae, cells)
+    distances = squared_difference(target, of_cells(student_st[:n], cells))
     return torch.stack(
         [
             hard_loss(distances, hard_quantile),

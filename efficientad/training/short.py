@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from efficientad.model.calibration import Progress
+from efficientad.model.region import of_cells
 from efficientad.training.closed_form import GAINS, solve_last_layers, solve_second_half
 from efficientad.training.losses import (
     FIRST,
@@ -78,4 +79,5 @@ class ShortTrainer(Trainer):
         target = standardized(detector, teacher_features(detector, image))
         inner = trunk(detector.student, detector.normalize(image))
         distances = squared_difference(target, head(detector.student, inner, FIRST))
+        distances = of_cells(distances, self.cells)
         return torch.stack([hard_loss(distances, self.settings.hard_quantile)])

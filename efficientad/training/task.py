@@ -11,8 +11,10 @@ import torch
 
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
+from efficientad.data.region_files import check_frames
 from efficientad.model.calibration import Progress
 from efficientad.model.networks import PDN
+from efficientad.model.region import RegionLike, as_mask
 from efficientad.training.settings import Settings, check_data, check_files
 from efficientad.utils.checks import (
     check_flag,
@@ -46,6 +48,7 @@ class Task:
     evaluate_every: int
     deterministic: bool
     value_range: tuple[float, float] | None
+    region: RegionLike | None
     progress: Progress | None
     on_history: Callable[[dict[str, Any]], None] | None
 
@@ -77,4 +80,8 @@ def checked(data: DataSet | str | os.PathLike, force: bool, task: Task) -> tuple
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
     task = replace(task, value_range=check_value_range(task.value_range))
     check_data(dataset, task.evaluate_every, task.value_range)
+    if task.region is not None:
+        mask = as_mask(task.region)
+        check_frames(mask, [sample.path for sample in dataset.train], task.image_size)
+        task = replace(task, region=mask)
     return replace(task, out=out, checkpoint=checkpoint, resume=resume), dataset

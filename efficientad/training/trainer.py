@@ -20,6 +20,7 @@ from torch import Tensor
 
 from efficientad.model.calibration import ChannelStatistics, Progress
 from efficientad.model.detector import EfficientAD
+from efficientad.model.region import index_of, of_cells
 from efficientad.training.graph_step import GraphStep
 from efficientad.training.losses import (
     TERMS,
@@ -69,6 +70,7 @@ class Trainer:
         self.detector, self.source, self.settings = detector, source, settings
         self.identity = {**(identity or {}), **asdict(settings)}
         self.device = detector.teacher_mean.device
+        self.cells = index_of(detector.region_cells)  # of distance maps, that count; None: all
         self.step = 0
         self.threads: int | None = None  # those of a CPU that the state was made with
         self.history: History = []
@@ -103,7 +105,8 @@ class Trainer:
         statistics = ChannelStatistics()
         pictures = self.source.images.read_all("channel statistics", workers, progress)
         for good, (_, found) in enumerate(pictures):
-            statistics.add(self._teacher(good, to_rgb(torch.tensor(found)[None], self.device)))
+            features = self._teacher(good, to_rgb(torch.tensor(found)[None], self.device))
+            statistics.add(of_cells(features, self.cells))
         self.detector.set_statistics(*statistics.of_teacher())
 
     def finish(self, workers: int = 2, progress: Progress | None = None) -> None:
@@ -224,7 +227,7 @@ class Trainer:
 
     def losses(self, inputs: StepInputs) -> Tensor:
         """One value for each of `terms`, differentiable."""
-        return step_losses(self.detector, inputs, self.settings.hard_quantile)
+        return step_losses(self.detector, inputs, self.settings.hard_quantile, self.cells)
 
     def _eager(self, inputs: StepInputs) -> Tensor:
         with torch.autocast(

@@ -222,6 +222,48 @@ def test_other_weights_fail_the_golden_values(tmp_path):
         load(changed)
 
 
+REGION = torch.zeros(256, 256, dtype=torch.bool)
+REGION[60:150, 40:200] = True
+
+
+def test_round_trip_of_a_region(tmp_path):
+    detector = make_detector(1)
+    detector.set_region(REGION, keep_calibration=True)
+    save(detector, tmp_path / "x")
+    loaded = load(tmp_path / "x")
+    assert torch.equal(loaded.region, REGION)
+    assert torch.equal(loaded.region_cells, detector.region_cells)
+    assert header(tmp_path / "x")["format_version"] == "3"  # older packages refuse it
+    detector.set_region(None)
+    save(detector, tmp_path / "x")
+    assert load(tmp_path / "x", verify=False).region is None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(56, 56, dtype=torch.uint8), r"region has shape \(56, 56\), expected the image"),
+        (torch.ones(256, 256), r"region is torch.float32 .*; expected uint8 \(height, width\)"),
+        (torch.full((256, 256), 2, dtype=torch.uint8), "expected uint8"),
+        (torch.ones(256, dtype=torch.uint8), "expected uint8"),
+        (torch.zeros(256, 256, dtype=torch.uint8), "inspects no pixel"),
+    ],
+)
+@pytest.mark.usefixtures("no_golden")
+def test_a_region_that_does_not_fit_is_refused(tmp_path, value, message, monkeypatch):
+    detector = make_detector(1, calibrated=False)
+    detector.set_region(REGION)
+    write = native_file._write_atomically
+    monkeypatch.setattr(
+        native_file,
+        "_write_atomically",
+        lambda path, tensors, metadata: write(path, {**tensors, "region": value}, metadata),
+    )
+    save(detector, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "x", verify=False)
+
+
 @pytest.mark.parametrize("length", [0x80, 0x8080, 0x93])
 def test_a_header_length_that_looks_like_a_pickle(saved, tmp_path, length):
     """The first byte of a safetensors file is its header's length; 0x80 also begins a pickle."""
@@ -239,7 +281,7 @@ def test_a_header_length_that_looks_like_a_pickle(saved, tmp_path, length):
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [
-        ({"format_version": "3"}, "format version '3'.*upgrade efficientad"),
+        ({"format_version": "4"}, "format version '4'.*upgrade efficientad"),
         ({"format_version": "0"}, "format version '0'"),
         ({"format_version": "x"}, "format version 'x'"),
         ({"config": None}, "KeyError"),

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class Light(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, detector):
+    def __init__(self, *_arguments):
         super().__init__()
 
     def forward(self, image):
@@ -243,6 +244,28 @@ def test_onnx(options, tmp_path):
     scale = max(0.1, float(expected.anomaly_map.abs().max()))
     assert (torch.from_numpy(anomaly_map) - expected.anomaly_map).abs().max() <= 1e-4 * scale
     assert (torch.from_numpy(score) - expected.score).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.slow
+def test_onnx_applies_the_region(tmp_path):
+    """At another size than the detector's, too."""
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = helpers.detector()
+    region = torch.zeros(256, 256, dtype=torch.bool)
+    region[64:128, 32:192] = True
+    model.set_region(region, keep_calibration=True)
+    with pytest.warns(UserWarning, match="image_size is 256x320"):
+        check(export(model, tmp_path / "a.onnx", image_size=(256, 320)), "onnx")
+    session = ort.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    assert float(facts["inspected"]) == pytest.approx(64 * 160 / 256**2, abs=1e-6)
+    image = helpers.images(1, 256, 320, seed=7)
+    score, anomaly_map = session.run(["score", "anomaly_map"], {"image": image.numpy()})
+    inside = np.zeros((256, 320), bool)
+    inside[64:128, 40:240] = True
+    assert len(np.unique(anomaly_map[0][~inside])) == 1
+    assert score[0] == anomaly_map[0][inside].max()
 
 
 @pytest.mark.slow

@@ -180,3 +180,25 @@ def test_the_torch_network_in_the_graph(cuda):
     assert fast.facts["dtype"] == "float16"
     expected = float(FastPredictor(model, device="cpu", dtype="float32")(frame).score)
     assert float(fast(frame).score) == pytest.approx(expected, abs=1e-2 * max(0.1, expected))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_region_in_the_graphs(dtype, cuda):
+    """Inside the bits that there are without one; another region is taken over in place."""
+    plain, model, other = helpers.detector(), helpers.detector(), helpers.detector()
+    masks = torch.zeros(2, 256, 256, dtype=torch.bool)
+    masks[0, 60:150, 40:200] = masks[1, 100:120, 50:90] = True
+    for detector, mask in ((model, masks[0]), (other, masks[1])):
+        detector.set_region(mask, keep_calibration=True)
+    whole = FastPredictor(plain, device=cuda, dtype=dtype, batch_sizes=(1, 4))
+    predictor = FastPredictor(model, device=cuda, dtype=dtype, batch_sizes=(1, 4))
+    frames = noise(3)
+    for mask, reload in zip(masks, (model, other), strict=True):
+        predictor.reload(reload)
+        for size in ("input", "source"):
+            found, expected = (p(frames, map_size=size).cpu() for p in (predictor, whole))
+            inside = mask.numpy()
+            assert np.array_equal(found.anomaly_map[:, inside], expected.anomaly_map[:, inside])
+            assert len(np.unique(found.anomaly_map[:, ~inside])) == 1
+            assert np.array_equal(found.score, expected.anomaly_map[:, inside].max(1))
+    helpers.assert_steps_neither_allocate_nor_wait(predictor, [*frames], 20)

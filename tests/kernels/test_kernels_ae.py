@@ -526,6 +526,59 @@ def test_anomaly_map_keeps_what_is_not_finite(value, size, device):
     assert score.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("case", MAPS, ids=str)
+def test_anomaly_map_in_a_region(case, device):
+    """Inside every bit is as without one; NaN in a cell that no inspected pixel sees is not met."""
+    *shape, size, padding = case
+    args, options = (*maps(*shape, device), size), {"padding": padding, "tile": wide_map(device)}
+    g = torch.Generator().manual_seed(5)
+    region = torch.rand(size, generator=g) > 0.6
+    cells = torch.rand(shape[2:], generator=g) > 0.3
+    cells[0, 0] = region[0, 0] = True
+    bits = [place(mask.to(torch.uint8), device) for mask in (region, cells)]
+    region, cells = region.to(device), cells.to(device)
+    whole, _ = anomaly_map.anomaly_map(*args, **options)
+    out = result(whole.shape, torch.float32, device), result(whole.shape[:1], torch.float32, device)
+    found, score = anomaly_map.anomaly_map(
+        *args, **options, region=bits, out=tuple(o.tensor for o in out)
+    )
+    close_maps(
+        [o.check() for o in out],
+        reference.anomaly_map(*args, padding=padding, region=(region, cells)),
+    )
+    assert torch.equal(found[:, region], whole[:, region])
+    assert (found[:, ~region] == args[2][2]).all()
+    assert torch.equal(score, whole[:, region].amax(1))
+    no_map, again = anomaly_map.anomaly_map(*args, **options, region=bits, store_map=False)
+    assert no_map is None
+    assert torch.equal(again, score)
+
+
+@pytest.mark.parametrize("size", [(40, 44), (16, 14), (5, 4)], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_anomaly_map_keeps_what_is_not_finite_outside_a_region_out(value, size, device):
+    st, ae, affine = maps(2, 3, 8, 7, device)
+    region, cells = torch.zeros(size, dtype=torch.bool), torch.zeros(8, 7, dtype=torch.bool)
+    region[-1, -1], cells[-1, -1] = True, True
+    bits = [mask.to(device, torch.uint8) for mask in (region, cells)]
+    options = {"padding": 0, "tile": wide_map(device), "region": bits}
+    clean = anomaly_map.anomaly_map(st, ae, affine, size, **options)
+    st[1, 1, :5, :4] = value
+    got = anomaly_map.anomaly_map(st, ae, affine, size, **options)
+    for a, b in zip(got, clean, strict=True):
+        assert torch.equal(a, b)
+    st[1, 1, 7, 6] = value
+    got = anomaly_map.anomaly_map(st, ae, affine, size, **options)
+    assert got[1].isnan().tolist() == [False, True, False]
+
+
+def test_anomaly_map_refuses_a_region_of_another_size(device):
+    args = (*maps(1, 1, 8, 7, device), (16, 14))
+    masks = [torch.ones(shape, dtype=torch.uint8, device=device) for shape in ((16, 14), (7, 8))]
+    with pytest.raises(ValueError, match=r"region has shapes .*; the map and its cells have"):
+        anomaly_map.anomaly_map(*args, padding=0, region=masks)
+
+
 def test_anomaly_map_sees_overflow_in_the_sum(device):
     """Finite parts whose combination is not."""
     st, ae, affine = maps(2, 1, 4, 4, device)

@@ -8,6 +8,7 @@ import torch
 
 from efficientad.results.overlay import (
     NAN_COLOR,
+    REGION_COLOR,
     colorbar,
     colorize,
     map_scale,
@@ -154,3 +155,24 @@ def test_bad_scale_and_strength_are_named():
         overlay(picture(), np.zeros((4, 4)), 0.5, strength=2)
     with pytest.raises(ValueError, match="length is 1"):
         colorbar(1)
+
+
+def test_the_region_is_outlined_and_nothing_outside_it():
+    image = np.full((40, 60, 3), 90, np.uint8)
+    region = torch.zeros(20, 30, dtype=torch.bool)
+    region[5:15, 10:20] = True
+    drawn = overlay(image, np.zeros((20, 30)), 0.5, region=region)
+    blue = (drawn == REGION_COLOR).all(-1)
+    inside = np.zeros((40, 60), bool)
+    inside[10:30, 20:40] = True
+    core = np.zeros_like(inside)
+    core[11:29, 21:39] = True
+    assert np.array_equal(blue, inside & ~core)
+    assert (drawn[~blue] == 90).all()
+    above = np.zeros((20, 30), np.float32)
+    above[:, 25:] = 0.6  # above the threshold, and outside
+    without = overlay(image, above, 0.5, region=region, strength=0)
+    assert np.array_equal(without, overlay(image, above, 0.5, region=region, strength=0,
+                                           contour=False))  # fmt: skip
+    whole = overlay(image, above, 0.5, region=torch.ones(2, 2, dtype=torch.bool))
+    assert np.array_equal(whole, overlay(image, above, 0.5))

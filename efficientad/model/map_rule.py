@@ -1,0 +1,55 @@
+"""How distance maps become an anomaly map: border rules, and the affine map of the quantiles.
+
+The border rules are those of the published implementations; see docs/border-rules.md.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+BORDERS = ("nelson", "anomalib", "paper")
+MAP_AT_QB = 0.1  # the map's unit: q_a of the good images is sent to 0 and q_b to 0.1
+
+
+def check_border(border: str, padding: bool, map_padding: int | None) -> int:
+    """Return the map padding in cells after checking the rule; see `EfficientAD`."""
+    if border not in BORDERS:
+        raise ValueError(f"border is {border!r}; it must be one of {', '.join(map(repr, BORDERS))}")
+    if border == "paper":
+        if not padding:
+            raise ValueError(
+                "border is 'paper' and the network is unpadded; the paper's rule pads no map, and "
+                "without it 56 cells would be stretched to 256 pixels and the map misaligned. "
+                "Use 'nelson' or 'anomalib', or the padded network (padding=True)"
+            )
+        if map_padding:
+            raise ValueError(f"map_padding is {map_padding}; border 'paper' pads no map: use 0")
+    if map_padding is None:
+        return 0 if padding else 4
+    if isinstance(map_padding, bool) or not isinstance(map_padding, int) or map_padding < 0:
+        raise ValueError(f"map_padding is {map_padding!r}; it must be an integer >= 0 (cells)")
+    return map_padding
+
+
+def affine_of(
+    qa_st: float, qb_st: float, qa_ae: float, qb_ae: float, *, border: str
+) -> tuple[float, float, float, float]:
+    """(a_st, a_ae, offset, frame) of `reference.anomaly_map`, from finite quantiles.
+
+    Equal quantiles of a map get the smallest useful distance, with a warning.
+    """
+    slope, offset = [], 0.0
+    for kind, qa, qb in (("st", qa_st, qb_st), ("ae", qa_ae, qb_ae)):
+        floor = 1e-6 * max(1.0, abs(qa))
+        if qb - qa < floor:
+            warnings.warn(
+                f"q_a and q_b of the {kind} map are both {qa:g}: the validation maps are "
+                f"constant. q_b is taken as q_a + {floor:g}",
+                stacklevel=4,
+            )
+            qb = qa + floor
+        a = 0.5 * MAP_AT_QB / (qb - qa)
+        slope.append(a)
+        offset -= a * qa
+    frame = offset if border == "anomalib" else 0.0  # a padded cell has distance 0 in both maps
+    return slope[0], slope[1], offset, frame
