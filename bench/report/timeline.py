@@ -22,6 +22,7 @@ LAYERS = {
     "_decode_kernel": ("d1", None),
     "_resize_conv_kernel": ("d", 2),
     "_pair_distance_kernel": ("pair", None),
+    "_autoencoder_distance_kernel": ("autoencoder distance", None),
     "_anomaly_map_kernel": ("map", None),
     "_score_kernel": ("score", None),
 }
@@ -47,13 +48,21 @@ class Launch:
 
 
 def launches(row: Row) -> list[Launch]:
-    """The launches of a row with a trace, by their start, under their layers' names."""
+    """The launches of a row with a trace, by their start, under their layers' names.
+
+    Where a decoder's layer is resized apart, the convolution behind it on its stream is that layer.
+    """
     seen: dict[str, int] = {}
+    last: dict[int, str] = {}  # stream -> its kernel before
     found = []
     for start, us, kernel, stream, grid, registers, shared in sorted(row["trace"]):
-        name, first = LAYERS.get(kernel, (kernel, None))
-        layer = name if first is None else f"{name}{first + seen.get(kernel, 0)}"
-        seen[kernel] = seen.get(kernel, 0) + 1
+        part = "" if kernel != "_resize_kernel" else " resize"
+        decodes = part or (kernel == "_conv_kernel" and last.get(stream) == "_resize_kernel")
+        as_kernel = "_resize_conv_kernel" if decodes else kernel
+        name, first = LAYERS.get(as_kernel, (kernel, None))
+        layer = name if first is None else f"{name}{first + seen.get(as_kernel, 0)}{part}"
+        seen[as_kernel] = seen.get(as_kernel, 0) + (not part)
+        last[stream] = kernel
         programs = grid[0] * grid[1] * grid[2]
         found.append(Launch(layer, stream, start, us, programs, registers, shared))
     return found

@@ -34,6 +34,18 @@ def test_launches_have_their_layers_names():
     assert names(timeline.launches(row((0.0, 1.0, "_new_kernel", 1)))) == ["_new_kernel"]
 
 
+def test_layers_resized_apart_are_the_decoders():
+    kernels = (
+        *("_decode_kernel", "_resize_conv_kernel", "_resize_kernel", "_conv_kernel"),
+        *("_resize_conv_kernel", "_resize_kernel", "_conv_kernel", "_autoencoder_distance_kernel"),
+    )
+    decoder = [(10.0 * i, 5.0, kernel, 1) for i, kernel in enumerate(kernels)]
+    student = [(1.0, 2.0, "_first_conv_kernel", 2), (22.0, 9.0, "_conv_kernel", 2)]
+    expected = ["d1", "conv1", "d2", "d3 resize", "conv2", "d3", "d4", "d5 resize", "d5"]
+    found = names(timeline.launches(row(*decoder, *student)))
+    assert found == [*expected, "autoencoder distance"]
+
+
 def test_the_path_goes_through_the_branch_that_ended_last():
     path = timeline.critical_path(timeline.launches(row(*FORKED)))
     assert names(path) == ["pack", "conv1", "conv2", "pair"]
