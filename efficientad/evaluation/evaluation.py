@@ -17,6 +17,7 @@ from efficientad.data.datasets import GOOD, DataSet, Sample
 from efficientad.data.decoding import read_image
 from efficientad.data.layouts import open_dataset
 from efficientad.data.masks import REMARKS
+from efficientad.evaluation.intervals import au_roc_interval
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD, check_detector
@@ -325,9 +326,12 @@ def _figures(
 ) -> dict[str, float | int | None]:
     labels = [sample.label for sample in result.samples]
     image = image_metrics(labels, result.scores)
+    low, high = au_roc_interval(labels, result.scores) or (None, None)
     figures: dict[str, float | int | None] = {
         "images": len(labels),
         "image AU-ROC": image.au_roc,
+        "image AU-ROC, 95 % interval from": low,
+        "image AU-ROC, 95 % interval to": high,
         "image AP": image.average_precision,
         "image F1-max": image.f1_max,
     }
