@@ -1,8 +1,8 @@
 """The command line: the list of commands, and what runs one.
 
 Exit codes: 0 ran; 1 ran, but some inputs failed (they are listed); 2 wrong usage or an unusable
-model or data set; 3 with --fail-on-anomaly, an image was judged anomalous; 130 stopped by Ctrl-C or
-SIGTERM.
+model or data set; 3 with --fail-on-anomaly, an image was judged anomalous, or with
+--fail-on-drift scores have drifted; 130 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from efficientad.cli.model_files import (
     run_info,
 )
 from efficientad.cli.predict import add_predict, run_predict
+from efficientad.cli.scores import add_drift, add_judge, run_drift, run_judge
 from efficientad.cli.serve import add_serve, run_serve
 from efficientad.cli.train import add_train, run_train
 from efficientad.utils.interrupts import terminated_like_interrupted
@@ -41,6 +42,8 @@ COMMANDS: dict[str, tuple[Add, Run]] = {  # in the order of the help
     "serve": (add_serve, run_serve),
     "evaluate": (add_evaluate, run_evaluate),
     "calibrate": (add_calibrate, run_calibrate),
+    "judge": (add_judge, run_judge),
+    "drift": (add_drift, run_drift),
     "convert": (add_convert, run_convert),
     "export": (add_export, run_export),
     "distill": (add_distill, run_distill),
@@ -91,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="efficientad",
         description="EfficientAD anomaly detection: point it at images, get scores and heat maps.",
         epilog="exit codes: 0 ran, 1 some inputs failed (listed), 2 wrong usage, "
-        "3 anomalies found (with --fail-on-anomaly)",
+        "3 anomalies found (with --fail-on-anomaly) or drift (with --fail-on-drift)",
     )
     parser.add_argument("--version", action="version", version=f"efficientad {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,24 +229,14 @@ class ResultFolder:
         self, title: str, *, metrics: dict[str, Any] | None = None, notes: Sequence[str] = ()
     ) -> Path:
         """Write the tables and the report; returns the report's path. notes: sentences."""
-        labelled = any(row["label"] is not None for row in self.rows)
-        columns = COLUMNS if labelled else COLUMNS[:3]
-        in_json = (*columns, "regions")
-        table = io.StringIO()
-        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.root / "scores.csv", table.getvalue())
-        document = {
-            "threshold": _json(self.threshold),
-            "images": [{k: _json(row[k]) for k in in_json} for row in self.rows],
+        facts: dict[str, Any] = {
             "failed": [{"path": path, "reason": reason} for path, reason in self.failed],
             "notes": [plain_text(note) for note in notes],
             "files": self.files,
         }
         if metrics is not None:
-            document["metrics"] = {plain_text(k): _json(v) for k, v in metrics.items()}
-        write_text(self.root / "scores.json", json.dumps(document, indent=1, allow_nan=False))
+            facts["metrics"] = {plain_text(k): _json(v) for k, v in metrics.items()}
+        write_tables(self.root, self.rows, self.threshold, facts, more=("regions",))
         report = self.root / "report.html"
         write_report(
             report,
@@ -258,6 +248,34 @@ class ResultFolder:
             notes=notes,
         )
         return report
+
+
+def write_tables(
+    root: Path,
+    rows: Sequence[dict[str, Any]],
+    threshold: float | None,
+    facts: Mapping[str, Any],
+    *,
+    more: Sequence[str] = (),
+) -> None:
+    """Write `scores.csv` and `scores.json`, each whole or not at all.
+
+    rows: with `COLUMNS`, whose last two are left out where no image has a label. facts: of the
+    JSON document. more: columns that are in it alone.
+    """
+    labelled = any(row["label"] is not None for row in rows)
+    columns = COLUMNS if labelled else COLUMNS[:3]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(root / "scores.csv", table.getvalue())
+    document = {
+        "threshold": _json(threshold),
+        "images": [{k: _json(row[k]) for k in (*columns, *more)} for row in rows],
+        **facts,
+    }
+    write_text(root / "scores.json", json.dumps(document, indent=1, allow_nan=False))
 
 
 def _json(value: Any) -> Any:

@@ -28,6 +28,8 @@ COLORS = {
     "held out": "#2d8f86",
     "calibration": "#2d8f86",
     "production": "#4d6fb3",
+    "before": "#7b869a",
+    "since": "#d9622b",
     "good": "#2d8f86",
     "defective": "#d9622b",
     "unlabelled": "#7b869a",
@@ -103,7 +105,7 @@ def score_picture(
     tall = max((image.height for image, _ in shown), default=0)
     card_height = 2 * tall + 8 + 84
     rows = -(-len(cards) // CARDS_A_ROW)
-    top = MARGIN + 52 + 32 * len(notes) + 40
+    top = MARGIN + 52 + 32 * len(notes) + 52
     panels = len(bins.counts) * (ROW + GAP) - GAP
     below = top + panels + 84
     height = below + (54 + rows * card_height if cards else 0) + MARGIN - 30
@@ -151,7 +153,7 @@ def _draw_panels(
         _write(draw, (MARGIN, above + 44), f"{len(scores)} images", 21, SOFT)
         if limit is not None:
             over = int((~(scores <= limit)).sum())
-            ink = ALARM if over else SOFT
+            ink = ALARM if over and name != "defective" else SOFT
             _write(draw, (MARGIN, above + 74), f"{over} above ({over / len(scores):.1%})", 21, ink)
         _write(draw, (left - 12, above + 6), str(most), 18, SOFT, anchor="ra")
     for value in ticks(bins.low, bins.high):
