@@ -1,0 +1,4 @@
+"""The inspection service under load, and killed.
+
+Never: a figure of a run that lost a verdict.
+"""
