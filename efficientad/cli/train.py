@@ -296,5 +296,10 @@ class _Course:
         self._last = step, now
         print(line, flush=True)
         if "metrics" in entry:
-            self._spread = f"  q_b - q_a {_spreads(entry['quantiles'])}"
-            print(f"  image AU-ROC {entry['metrics']['image AU-ROC']}{self._spread}", flush=True)
+            qa_st, qb_st, qa_ae, qb_ae = entry["quantiles"]
+            self._spread = f"  q_b-q_a {qb_st - qa_st:.3g}, {qb_ae - qa_ae:.3g}"
+            spreads = _spreads(entry["quantiles"])
+            print(
+                f"  image AU-ROC {entry['metrics']['image AU-ROC']}  q_b - q_a {spreads}",
+                flush=True,
+            )

@@ -241,7 +241,7 @@ def _solve(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
         "seed": settings.seed,
         "dtype": settings.dtype,
     }
-    return _Trained(facts, _calibrate(task, dataset, parts.detector, measure_precision))
+    return _Trained(facts, _calibrate(task, dataset, parts, measure_precision))
 
 
 def _train(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
@@ -249,7 +249,7 @@ def _train(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
     detector = parts.detector
 
     def evaluate() -> dict[str, Any]:
-        _calibrate(task, dataset, detector)
+        _calibrate(task, dataset, parts)
         quantiles = detector.quantiles.tolist()
         return {"quantiles": quantiles, "metrics": measure(detector, dataset).metrics}
 
@@ -284,7 +284,7 @@ def _train(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
             detector.requires_grad_(False)
             detector.student.requires_grad_(True)
             detector.autoencoder.requires_grad_(True)
-            unreadable = _calibrate(task, dataset, detector, measure_precision)
+            unreadable = _calibrate(task, dataset, parts, measure_precision)
         except KeyboardInterrupt:
             raise TrainingStopped(trainer.step, task.checkpoint) from None
     photos, history = parts.source.photos, trainer.history
@@ -301,12 +301,14 @@ def _train(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
 
 
 def _calibrate(
-    task: Task, dataset: DataSet, detector: EfficientAD, precision: Measure | None = None
+    task: Task, dataset: DataSet, parts: _Parts, precision: Measure | None = None
 ) -> list[tuple[str, str]]:
     """Calibrate on what was held out; (path, reason) of what could not be read."""
     unreadable: list[tuple[str, str]] = []
+    known = parts.source.images.known()  # `calibrate` looks for them among those held out
+    parts.detector.provenance["training"] = {"known_pictures": known}
     calibrate(
-        detector,
+        parts.detector,
         # `calibrate` takes all of a plain folder; only what was not trained on may serve.
         replace(dataset, train=dataset.validation),
         false_positive_rate=task.false_positive_rate,

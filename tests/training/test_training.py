@@ -22,6 +22,7 @@ from efficientad import EfficientAD, load
 from efficientad.checkpoint import teachers
 from efficientad.cli.train import _Course, add_train, run_train
 from efficientad.data.layouts import open_dataset
+from efficientad.model.good_images import GoodImageWarning
 from efficientad.model.networks import PDN
 from efficientad.ops import differentiable_conv
 from efficientad.training import fitting as training
@@ -584,6 +585,18 @@ def test_a_checkpoint_is_not_replaced_unasked(folder, tmp_path, thin):
     assert (tmp_path / "state").read_bytes() != before
 
 
+def test_held_out_copies_of_training_images_are_named(tmp_path, thin):
+    """Every picture is there twice, so those held out are trained on unless both are held out."""
+    good = write_pictures(tmp_path / "good", 8)
+    for path in sorted(good.iterdir()):
+        (good / f"copy_{path.name}").write_bytes(path.read_bytes())
+    with pytest.warns(GoodImageWarning, match="^2 of 2 good images are among those .* trained on"):
+        detector = quiet_fit(good, steps=20, device="cpu")
+    assert detector.provenance["calibration"]["trained_on"] == 2
+    known = detector.provenance["training"]["known_pictures"]
+    assert (known["pictures"], len(known["digests"])) == (8, 8)
+
+
 def train(*words) -> int:
     parser = argparse.ArgumentParser()
     add_train(parser.add_subparsers(dest="command"))
@@ -637,13 +650,13 @@ def test_the_live_line_says_loss_and_spread_on_a_terminal_alone(capsys):
     entry = {"step": 2, "loss": 0.5, "quantiles": [0.1, 0.3, 0.2, 0.6]}
     course.entry(entry | {"metrics": {"image AU-ROC": 0.9}})
     course.progress("training", 3, 10)
-    spread = "q_b - q_a student-teacher 0.2, autoencoder 0.4"
     assert seen == [
         ("channel statistics", 1, ""),
         ("training", 0, ""),
-        ("training", 3, f"loss 0.5000  {spread}"),
+        ("training", 3, "loss 0.5000  q_b-q_a 0.2, 0.4"),
     ]
     printed = capsys.readouterr().out
+    assert "q_b - q_a student-teacher 0.2, autoencoder 0.4\n" in printed
     assert printed.startswith("step 2/10  loss 0.5000  ")
     assert "left\n" in printed
     Screen.terminal = False
