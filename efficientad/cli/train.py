@@ -106,7 +106,7 @@ def run_train(options: argparse.Namespace) -> int:
     from efficientad.checkpoint.teachers import teacher_license
     from efficientad.data.image_files import left_out
     from efficientad.data.layouts import open_dataset
-    from efficientad.data.remarks import ValueRangeWarning, picture_notes
+    from efficientad.data.remarks import header_notes
     from efficientad.training.fitting import fit
     from efficientad.training.schedules import ASKED, SETTINGS, choose_schedule
     from efficientad.training.settings import PenaltyWarning, TrainingStopped, state_beside
@@ -123,7 +123,7 @@ def run_train(options: argparse.Namespace) -> int:
         f"{len(dataset.validation)} held out for validation, {len(dataset.test)} for tests"
     )
     print_notes(dataset.notes)
-    print_notes(picture_notes([sample.path for sample in dataset.train], value_range))
+    print_notes(header_notes([sample.path for sample in dataset.train]))
     schedule, _ = choose_schedule(
         options.schedule, options.device, {name: getattr(options, name) for name in ASKED}
     )
@@ -142,7 +142,6 @@ def run_train(options: argparse.Namespace) -> int:
         print(f"no state in {checkpoint}: the training starts anew")
     with warnings.catch_warnings(), progress_bars(lines=True) as bars:
         warnings.simplefilter("ignore", PenaltyWarning)
-        warnings.simplefilter("ignore", ValueRangeWarning)
         course = _Course(steps, resumed, bars)
         try:
             detector = fit(

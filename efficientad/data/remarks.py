@@ -32,10 +32,15 @@ class ValueRangeWarning(UserWarning):
 
 
 def picture_notes(paths: Sequence[Path], value_range: ValueRange | None = None) -> list[str]:
+    """The sentences of `header_notes` and of `range_notes`."""
+    return header_notes(paths) + range_notes(paths, value_range)
+
+
+def header_notes(paths: Sequence[Path]) -> list[str]:
     """Sentences about pictures of which more than one reading is possible, naming the files.
 
-    Headers of all files are looked at, and the pixels of at most 16 of them, evenly spread. Files
-    that cannot be read are passed over: whoever reads them says so.
+    Headers of all files are looked at, and for alpha the pixels of at most 16. Files that cannot be
+    read are passed over: whoever reads them says so.
     """
     found: dict[str, list[Path]] = {kind: [] for kind in _KINDS}
     clear: list[Path] = []
@@ -51,16 +56,18 @@ def picture_notes(paths: Sequence[Path], value_range: ValueRange | None = None) 
     for path in _some(clear):
         if _is_clear(path):
             found["alpha"].append(path)
-    notes = [
+    return [
         f"{_KINDS[kind]}: {listed([path.name for path in names], _LISTED)}."
         for kind, names in found.items()
         if names
     ]
-    return notes + range_notes(paths, value_range)
 
 
 def range_notes(paths: Sequence[Path], value_range: ValueRange | None = None) -> list[str]:
-    """A sentence if pictures use a small part of their type's range and no value range is set."""
+    """A sentence if pictures use a small part of their type's range and no value range is set.
+
+    The pixels of at most 16 are looked at, evenly spread.
+    """
     if value_range is not None:
         return []
     low, high, limit, looked = np.inf, 0.0, 0, 0

@@ -131,3 +131,12 @@ def test_an_export_says_its_range(detectors, tmp_path):
     ead.export(detectors[1], tmp_path / "x.onnx")
     facts = {p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}
     assert facts["value_range"] == "0 4095"
+
+
+def test_train_says_it_once(pictures, tmp_path, capsys):
+    out = str(tmp_path / "detector.safetensors")
+    options = ["--out", out, "--steps", "1", "--device", "cpu", "--dtype", "float32"]
+    assert main(["train", str(pictures[1]), *options]) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("a small part of 0 to 65535") == 1
+    assert "warning: The numbers of all" in said.err
