@@ -105,13 +105,27 @@ def image_shape(source: Any) -> Shape:
     if not _is_encoded(source):
         height, width = np.shape(source)[:2]
         return Shape((height, width), 1)
-    with naming_errors(source_name(source), source), opened(source) as (image, _):
+    with naming_errors(source_name(source), source), opened(source) as (image, stream):
         width, height = image.size
         # Pillow already turns the size of a TIFF, and would decode a whole PNG to look for EXIF.
-        known = image.format != "PNG" or "exif" in image.info
+        known = image.format != "PNG" or "exif" in image.info or _exif_behind_pixels(stream)
         orientation = orientation_of(image) if known else 1
         turned = orientation >= 5 and image.format != "TIFF"
         return Shape((width, height) if turned else (height, width), orientation)
+
+
+def _exif_behind_pixels(png: Any) -> bool:
+    """Whether a PNG file has EXIF or XMP in a chunk that Pillow reads after the pixels only."""
+    if png is None:
+        return False
+    png.seek(8)
+    while len(head := png.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        word = png.read(min(length, 24)) if kind in (b"iTXt", b"zTXt", b"tEXt") else b""
+        if kind == b"eXIf" or word.startswith((b"XML:com.adobe.xmp", b"Raw profile type exif")):
+            return True
+        png.seek(length - len(word) + 4, os.SEEK_CUR)
+    return False
 
 
 def image_size(source: Any) -> tuple[int, int]:

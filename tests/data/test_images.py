@@ -320,3 +320,21 @@ def test_a_tiff_without_all_of_its_pixels_is_refused(source):
     """tifffile fills what is missing with zeros."""
     with pytest.raises(ImageError):
         read_image(source)
+
+
+@pytest.mark.parametrize("chunk", ["eXIf", "iTXt"])
+def test_a_png_that_is_turned_by_a_chunk_behind_its_pixels(chunk):
+    """As the format allows; the header alone would say the size of the pixels as they lie."""
+    exif = Image.Exif()
+    exif[274] = 6
+    plain = encoded(Image.fromarray(COLOUR))
+    if chunk == "eXIf":
+        content = exif.tobytes()[6:]
+    else:
+        content = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    kind = chunk.encode()
+    extra = struct.pack(">I", len(content)) + kind + content
+    extra += struct.pack(">I", zlib.crc32(kind + content))
+    data = plain[:-12] + extra + plain[-12:]
+    assert read_image(data).shape[:2] == image_size(data) == COLOUR.shape[1::-1]
+    assert image_size(plain) == COLOUR.shape[:2]
