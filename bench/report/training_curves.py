@@ -2,8 +2,8 @@
 
     python -m bench.report.training_curves --out docs/pictures
 
-One picture per training_<name>.json: loss terms, map quantiles and AU-ROC over the steps; one of
-teacher_small_distillation.json: the held-out loss of the default teacher's distillation.
+One picture per training_<name>.json: loss terms, map quantiles and AU-ROC over the steps; one per
+teacher_<name>_distillation.json: the held-out loss of a shipped teacher's distillation.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def draw_training(found: dict[str, Any], path: Path) -> None:
     mean = found["about"]["training"]["hard_quantile"] == 0
     labels = TERMS | ({"hard": "mean feature loss"} if mean else {})
     for term, label in labels.items():
-        values = [row[term] for row in rows]
+        values = [row.get(term, 0) for row in rows]  # a schedule need not have them all
         if any(values):
             axes[0].plot(steps, values, label=label)
     axes[0].set_yscale("log")
@@ -105,7 +105,7 @@ def draw_distillation(found: dict[str, Any], path: Path) -> None:
     ):
         axis.plot(steps, [row[key] for row in found["curve"]], marker="o", label=label)
     axis.set_ylabel("mean squared error (normalised features)")
-    axis.set_title("distillation of the default teacher")
+    axis.set_title(found["what"].rpartition("/")[2])
     _legend(axis)
     _save(figure, path)
 
@@ -117,8 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for file in sorted(options.results.glob("training_*.json")):
         draw_training(record.read(file), options.out / f"{file.stem}.png")
-    teacher = options.results / "teacher_small_distillation.json"
-    if teacher.is_file():
+    for teacher in sorted(options.results.glob("teacher_*_distillation.json")):
         found = json.loads(teacher.read_text(encoding="utf-8"))
         draw_distillation(found, options.out / f"{teacher.stem}.png")
 

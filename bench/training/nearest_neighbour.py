@@ -22,7 +22,7 @@ from torch import Tensor
 from bench import record
 from bench.training.accuracy import TABLE, Areas, add_rows, areas, row_of
 from efficientad.checkpoint.loading import load_teacher
-from efficientad.checkpoint.teachers import default_teacher_path
+from efficientad.checkpoint.teachers import named_teacher
 from efficientad.data.datasets import DataSet
 from efficientad.data.images import load_batches
 from efficientad.data.layouts import open_dataset
@@ -95,14 +95,14 @@ def network_features(network: torch.nn.Module) -> Callable[[Sequence[Path]], Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, help="data set with a test part and masks")
-    parser.add_argument("--teacher", type=Path, help="a teacher's file; the default one else")
+    parser.add_argument("--teacher", type=Path, help="a file, or research (default) or commercial")
     parser.add_argument("--backbone", type=Path, help="also of this backbone's features")
     parser.add_argument("--bank", type=int, default=BANK, help="cells of good images to compare")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=TABLE, help="the table")
     options = parser.parse_args()
     dataset = open_dataset(options.data)
-    teacher = load_teacher(options.teacher or default_teacher_path(), "S")
+    teacher = load_teacher(named_teacher(options.teacher or "research"), "S")
     networks: dict[str, torch.nn.Module] = {teacher_digest(teacher): teacher}
     if options.backbone is not None:
         networks[f"backbone {options.backbone.stem}"] = load_backbone(options.backbone)

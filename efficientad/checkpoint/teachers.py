@@ -27,9 +27,25 @@ DEFAULT_LICENSE = (
 )
 
 
-def default_teacher_path() -> Path:
-    """Where the default PDN-S teacher is installed; FileNotFoundError where it is not."""
-    path = Path(__file__).parents[1] / "teacher_small.safetensors"
+# Teachers that come with the package, all PDN-S; the first one is the default.
+SHIPPED = {
+    "research": "teacher_small.safetensors",
+    "commercial": "teacher_small_commercial.safetensors",
+}
+
+
+def named_teacher(teacher: Any) -> Any:
+    """The file of a teacher that is named as in `SHIPPED`; anything else as it is.
+
+    A file of one's own with such a name is asked for with its folder, "./commercial".
+    """
+    named = isinstance(teacher, (str, Path)) and str(teacher) in SHIPPED
+    return default_teacher_path(str(teacher)) if named else teacher
+
+
+def default_teacher_path(name: str = "research") -> Path:
+    """Where a PDN-S teacher of `SHIPPED` is installed; FileNotFoundError where it is not."""
+    path = Path(__file__).parents[1] / SHIPPED[name]
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not installed. Make a teacher with `efficientad distill PHOTOS --backbone "
@@ -72,6 +88,7 @@ def teacher_license(teacher: PDN | str | os.PathLike | None) -> str | None:
 
     That of a file is in its header. Weights in memory are known if they are the default teacher's.
     """
+    teacher = named_teacher(teacher)
     try:
         if isinstance(teacher, PDN):
             own, default = teacher.state_dict(), default_teacher().state_dict()

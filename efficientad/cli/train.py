@@ -54,7 +54,11 @@ def add_train(commands: Any) -> None:
         "--penalty or --warm-start is given; instant: no gradient step, about a minute",
     )
     add("--size", choices=("S", "M"), default="S", help="small or medium networks (default S)")
-    add("--teacher", type=Path, help="teacher file; default: the one that ships")
+    add(
+        "--teacher",
+        type=Path,
+        help="teacher file, or one that ships: research (default) or commercial (see README)",
+    )
     add(
         "--penalty",
         type=Path,

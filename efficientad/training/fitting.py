@@ -95,7 +95,7 @@ def fit(
         size: "S" or "M". padding: True for the padded PDN. image_size: (height, width), >= 256.
         steps, batch_size, learning_rate, weight_decay, hard_quantile: None: the schedule's
             (`training/schedules.py`). hard_quantile 0 takes the mean over all elements.
-        teacher: what `load_teacher` takes; None: the one that ships. out: file to write, or None.
+        teacher: a name of `teachers.SHIPPED` or what `load_teacher` takes. out: file, or None.
         penalty: folder of photos of anything for the pretraining penalty (ImageNet in the paper);
             without it that term is missing, as a warning and the provenance say.
         warm_start: the student's inner layers start as the teacher's, where both have the same

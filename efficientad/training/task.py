@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from efficientad.checkpoint.teachers import named_teacher
 from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
 from efficientad.data.region_files import check_frames
@@ -68,7 +69,7 @@ def checked(data: DataSet | str | os.PathLike, force: bool, task: Task) -> tuple
         check_integer("threads", task.threads, 1)
     check_integer("checkpoint_every", task.checkpoint_every, 1)
     check_integer("evaluate_every", task.evaluate_every, 0)
-    penalty, teacher = task.penalty, task.teacher
+    penalty, teacher = task.penalty, named_teacher(task.teacher)
     if penalty is not None:
         for folder in penalty if isinstance(penalty, (list, tuple)) else [penalty]:
             check_path("penalty", folder, "a folder of photos")
@@ -78,7 +79,7 @@ def checked(data: DataSet | str | os.PathLike, force: bool, task: Task) -> tuple
         task.out, task.checkpoint, task.resume, force, stateless=task.schedule == "instant"
     )
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
-    task = replace(task, value_range=check_value_range(task.value_range))
+    task = replace(task, teacher=teacher, value_range=check_value_range(task.value_range))
     check_data(dataset, task.evaluate_every, task.value_range)
     if task.region is not None:
         mask = as_mask(task.region)

@@ -80,14 +80,15 @@ def test_pictures_of_trainings(tmp_path):
     )
     terms = {"hard": 3.0, "penalty": 0.0, "autoencoder": 1.0, "student_autoencoder": 0.1}
     metrics = {"images": 4, "image AU-ROC": 0.7, "pixel AU-ROC": 0.9}
-    rows = [{"step": i, **terms} for i in (10, 20)]
+    rows = [{"step": i, "hard": 3.0} for i in (10, 20)]
     about = {"data": "dots", "training": {"hard_quantile": 0.999}}
     record.write(tmp_path / "training_plain.json", about, rows)
-    rows = [{**row, "metrics": metrics, "quantiles": [0.3, 0.6, 0.1, 0.2]} for row in rows]
+    rows = [{**row, **terms, "metrics": metrics, "quantiles": [0.3, 0.6, 0.1, 0.2]} for row in rows]
     about["training"]["hard_quantile"] = 0.0
     record.write(tmp_path / "training_measured.json", about, rows)
     teacher = [{"step": i, "train": 1.0, "held_out": 0.9, "held_out_inner": 0.8} for i in (1, 2)]
-    (tmp_path / "teacher_small_distillation.json").write_text(json.dumps({"curve": teacher}))
+    found = {"what": "distillation of efficientad/teacher.safetensors", "curve": teacher}
+    (tmp_path / "teacher_small_distillation.json").write_text(json.dumps(found))
     training_curves.main(["--results", str(tmp_path), "--out", str(tmp_path / "pictures")])
     widths = {p.stem: Image.open(p).width for p in (tmp_path / "pictures").iterdir()}
     assert set(widths) == {"training_plain", "training_measured", "teacher_small_distillation"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from efficientad.checkpoint.teachers import (
     default_teacher,
     default_teacher_facts,
     default_teacher_path,
+    named_teacher,
     teacher_facts,
+    teacher_license,
 )
 from efficientad.cli.distill import add_distill, run_distill
 from efficientad.distillation.backbones import ResNet18Trunk
@@ -84,6 +87,26 @@ def test_the_default_teacher():
         features = teacher(torch.randn(1, 3, 64, 64))
     assert features.shape == (1, 384, 8, 8)
     assert 0.1 < features.std() < 2
+
+
+def test_the_commercial_teachers_sources_may_all_be_used_so():
+    facts = teacher_facts(named_teacher("commercial"))
+    assert facts["license"].startswith("Apache-2.0")
+    assert facts["sources"]["backbone"]["licence"].startswith("Apache-2.0")
+    photos = facts["sources"]["photos"]
+    assert len(photos) == facts["photos"]["count"] == 252
+    free = re.compile(r"CC0|public[ -]domain|no known copyright restrictions", re.IGNORECASE)
+    assert all(free.match(photo["licence"]) for photo in photos)
+    assert teacher_license("commercial") == facts["license"]
+
+
+def test_teachers_that_ship_are_found_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named_teacher("research") == named_teacher(Path("research")) == default_teacher_path()
+    assert named_teacher("commercial").name == "teacher_small_commercial.safetensors"
+    for other in (None, "./commercial", tmp_path / "commercial", "teacher.pth"):
+        assert named_teacher(other) is other
+    assert sum(named_teacher(name).stat().st_size for name in teachers.SHIPPED) < 12e6
 
 
 def _command(*arguments: object) -> int:
