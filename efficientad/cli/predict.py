@@ -206,7 +206,8 @@ def _look_at_region(
             "--tiles looks at parts of an image and a region is of the whole; use a detector "
             "without a region, and no --region"
         )
-    notes = [f"Inspected is {100 * share(detector.region):.1f} % of the frame."]
+    part = f"{100 * share(detector.region):.1f} %"
+    notes = [f"Inspected is {part} of the frame, outlined in blue."]
     if reaches_beyond(detector.region, calibrated):
         doubt = (
             "The region reaches beyond the one in which quantiles and threshold were found; what "

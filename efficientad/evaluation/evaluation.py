@@ -130,8 +130,8 @@ def evaluate(
     result = Evaluation(dataset.name, {}, notes=[*dataset.notes, *_missing_masks(dataset)])
     if detector.region is not None:
         result.notes.append(
-            f"Inspected is {100 * share(detector.region):.1f} % of the frame; a defect outside "
-            "counts as missed."
+            f"Inspected is {100 * share(detector.region):.1f} % of the frame, outlined in blue; a "
+            "defect outside counts as missed."
         )
     result.arithmetic = _arithmetic(detector, predictor)
     folder = None
