@@ -63,7 +63,7 @@ def replaced(path: Path, make: Callable[[], object], again: Callable[[], object]
         if found not in ((new,) if ended else (old, new)):
             raise Finding(f"{path.name} is neither the old file nor the new one")
         left = [p.name for p in path.parent.iterdir() if p != path]
-        if (ended and left) or not all(name[0] == "." and name[-5:] == ".part" for name in left):
+        if (ended and left) or any(name[0] != "." for name in left):
             raise Finding(f"left behind: {left}")
 
     def before() -> None:
