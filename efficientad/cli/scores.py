@@ -60,14 +60,14 @@ def run_judge(options: argparse.Namespace) -> int:
 def _print_judgement(stored: StoredScores, found: Judgement) -> None:
     """A row per kind of image, and the images whose verdict is another one."""
     from efficientad.results.prediction import is_anomalous
-    from efficientad.results.stored_scores import KINDS
+    from efficientad.results.report_page import KINDS
     from efficientad.utils.proportions import CONFIDENCE, upper_bound
 
     before = "the run's own is unknown"
     if stored.threshold is not None:
         before = f"the run's own is {stored.threshold:.6g}"
     print(f"threshold {found.threshold:.6g}; {before}")
-    for label, kind in KINDS.items():
+    for label, kind in KINDS:
         mine = [
             verdict
             for image, verdict in zip(stored.images, found.anomalous, strict=True)

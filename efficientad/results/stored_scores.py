@@ -15,10 +15,10 @@ from typing import Any
 from efficientad.model.detector import check_threshold
 from efficientad.results.output_folder import write_tables
 from efficientad.results.prediction import is_anomalous
+from efficientad.results.report_page import KINDS
 from efficientad.utils.checks import is_number
 
 _MARK = "judged_from"  # in the JSON of a judgement
-KINDS = {0: "good", 1: "defective", None: "unlabelled"}  # label -> how it is called
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StoredScores:
         """Scores of the good, the defective and the unlabelled images, where there are any."""
         groups = {
             name: [image.score for image in self.images if image.label == label]
-            for label, name in KINDS.items()
+            for label, name in KINDS
         }
         return {name: scores for name, scores in groups.items() if scores}
 
