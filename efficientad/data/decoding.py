@@ -220,6 +220,7 @@ def _deep_tiff(image: Any, stream: Any) -> Deep | None:
         raise ValueError(f"{samples} channels; up to 4 are known")
     unsigned = tags.get(_SAMPLE_FORMAT, (1,))[0] in (1, 4)  # 4: not said
     if bits <= 8 and unsigned:
+        _check_strips(image)
         return None
     if space not in (0, 1, 2):  # neither grey nor RGB
         if bits == 16 and unsigned and image.mode in ("CMYK", "LAB"):
@@ -237,6 +238,7 @@ def _deep_tiff(image: Any, stream: Any) -> Deep | None:
     except Exception:
         plain = tags.get(_PLANES, 1) == 1 and space != 0
         if bits == 16 and unsigned and plain:
+            _check_strips(image)
             return None
         raise
     if axes == "SYX":
@@ -247,6 +249,17 @@ def _deep_tiff(image: Any, stream: Any) -> Deep | None:
     if space == 0 and unsigned and bits <= 16:
         pixels = maximum - pixels
     return Deep(pixels, maximum)
+
+
+def _check_strips(image: Any) -> None:
+    """Raise ValueError for a TIFF that lacks strips or tiles: Pillow leaves zeros there."""
+    planes = image.tag_v2.get(_SAMPLES, 1) if image.tag_v2.get(_PLANES, 1) == 2 else 1
+    places = [tile[1] for tile in image.tile]
+    held = sum((right - left) * (bottom - top) for left, top, right, bottom in places)
+    width, height = image.size
+    whole = all(tile[0] == "libtiff" for tile in image.tile)  # it looks for itself
+    if not whole and held < width * height * planes:
+        raise ValueError(f"some of its strips or tiles are missing: it has {width}x{height} pixels")
 
 
 class _Incomplete(ValueError):

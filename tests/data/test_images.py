@@ -312,6 +312,8 @@ STRIPS, TILES = tiff(LARGER, rowsperstrip=16), tiff(LARGER, tile=(16, 16), compr
         edited(STRIPS, 257, 8, LARGER.shape[0] + 40),  # more rows than there are
         edited(TILES, 324, 4, 1),
         edited(TILES, 256, 8, LARGER.shape[1] + 40),
+        edited(tiff(LARGER.astype(np.uint8)), 257, 8, LARGER.shape[0] + 40),
+        edited(tiff(LARGER.astype(np.uint8), rowsperstrip=16), 273, 4, 1),
         edited(tiff(LARGER), 279, 8, 0),
         edited(tiff(LARGER, compression="zlib"), 257, 8, LARGER.shape[0] + 40),
     ],
