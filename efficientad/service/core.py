@@ -52,6 +52,11 @@ class Served:
     own_threshold: float | None
     batcher: Batcher
 
+    @property
+    def detector(self) -> tuple[str, str]:
+        """Name and digest: what its verdicts are found by."""
+        return self.name, self.digest
+
 
 @dataclass(frozen=True)
 class Inspected:
@@ -99,8 +104,9 @@ class Inspection:
         own = predictor.threshold
         with self.store.reading() as db:
             row = db.execute(
-                "SELECT threshold FROM thresholds WHERE digest = ? ORDER BY id DESC LIMIT 1",
-                (digest,),
+                "SELECT threshold FROM thresholds WHERE model = ? AND digest = ? "
+                "ORDER BY id DESC LIMIT 1",
+                (name, digest),
             ).fetchone()
         if row is not None:
             predictor.threshold = row["threshold"]

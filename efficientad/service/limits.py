@@ -55,7 +55,7 @@ class Limits:
 
 
 class Budget:
-    """Bytes that all requests hold together. Something alone may be larger than all of it."""
+    """Bytes that all requests hold together. A request that is alone may hold more than `most`."""
 
     def __init__(self, most: float) -> None:
         self._most, self._held = most, 0
@@ -69,10 +69,11 @@ class Budget:
         """What one request holds, to be used in a `with` statement."""
         return Share(self)
 
-    def _take(self, size: int) -> None:
+    def _take(self, size: int, own: int) -> None:
         with self._lock:
-            if self._held and self._held + size > self._most:
-                raise busy(f"requests hold {self._held / 1e6:.0f} MB already")
+            others = self._held - own
+            if others and self._held + size > self._most:
+                raise busy(f"other requests hold {others / 1e6:.3g} MB already")
             self._held += size
 
     def _give(self, size: int) -> None:
@@ -88,7 +89,7 @@ class Share:
 
     def take(self, size: int) -> None:
         """Hold `size` bytes more. Raises Refused (503) where there is no room for them."""
-        self._budget._take(size)
+        self._budget._take(size, self._size)
         self._size += size
 
     def __enter__(self) -> Share:

@@ -269,7 +269,7 @@ def _heat(values: np.ndarray, threshold: float | None) -> bytes:
 
 def _add_thresholds(app: FastAPI, inspection: Inspection) -> None:
     async def described(served: Served) -> dict[str, Any]:
-        found = await _read(inspection, queries.counts, served.digest)
+        found = await _read(inspection, queries.counts, served.detector)
         return {
             "name": served.name,
             "threshold": served.predictor.threshold,
@@ -288,7 +288,7 @@ def _add_thresholds(app: FastAPI, inspection: Inspection) -> None:
         """The stored scores of a model in bins."""
         served = inspection.model(name)
         threshold = served.predictor.threshold
-        return await _read(inspection, queries.histogram, served.digest, threshold)
+        return await _read(inspection, queries.histogram, served.detector, threshold)
 
     @app.get("/api/models/{name}/what-if")
     async def what_if(name: str, threshold: float) -> dict[str, int]:
@@ -296,7 +296,7 @@ def _add_thresholds(app: FastAPI, inspection: Inspection) -> None:
         served = inspection.model(name)
         if not math.isfinite(threshold):
             raise Refused(400, f"threshold is {threshold}; it must be a finite number")
-        return await _read(inspection, queries.what_if, served.digest, threshold)
+        return await _read(inspection, queries.what_if, served.detector, threshold)
 
     @app.put("/api/models/{name}/threshold")
     async def set_threshold(request: Request, name: str) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def _add_thresholds(app: FastAPI, inspection: Inspection) -> None:
         """A threshold from the stored parts that are good; nothing is changed."""
         served = inspection.model(name)
         try:
-            return await _read(inspection, queries.proposed_threshold, served.digest, rate)
+            return await _read(inspection, queries.proposed_threshold, served.detector, rate)
         except queries.TooFew as error:
             raise Refused(409, str(error)) from error
         except ValueError as error:

@@ -1,7 +1,8 @@
 """What is asked of stored verdicts: history, counts, histograms, and what a threshold would do.
 
-Scores are compared within one digest only: another detector's mean something else. A score that is
-not a number lies above every threshold, as in the verdict.
+Scores are compared within one detector only, of one name and one digest: another file's mean
+something else, and another name is another place. A score that is not a number lies above every
+threshold, as in the verdict.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ VERDICTS = {
 _REVIEW = {**{word: f"review = '{word}'" for word in REVIEWS}, "open": "review IS NULL"}
 CONFIDENCE = 0.95
 LEAST_PARTS = 20  # from which a threshold is proposed
+
+
+Detector = tuple[str, str]  # name and digest
 
 
 def row_of(row: sqlite3.Row) -> dict[str, Any]:
@@ -74,19 +78,19 @@ def history(
     return [row_of(row) for row in rows]
 
 
-def counts(db: sqlite3.Connection, digest: str) -> dict[str, int]:
+def counts(db: sqlite3.Connection, detector: Detector) -> dict[str, int]:
     """Parts of a detector: in all, anomalous, rejects that nobody has reviewed, and reviews."""
     row = db.execute(
         "SELECT count(*), sum(is_anomalous = 1), sum(is_anomalous = 1 AND review IS NULL), "
         "sum(review = 'good'), sum(review = 'bad'), sum(review = 'unsure') "
-        "FROM verdicts WHERE digest = ?",
-        (digest,),
+        "FROM verdicts WHERE model = ? AND digest = ?",
+        detector,
     ).fetchone()
     names = ("parts", "anomalous", "open", "good", "bad", "unsure")
     return {name: value or 0 for name, value in zip(names, row, strict=True)}
 
 
-def what_if(db: sqlite3.Connection, digest: str, threshold: float) -> dict[str, int]:
+def what_if(db: sqlite3.Connection, detector: Detector, threshold: float) -> dict[str, int]:
     """What a threshold would have done to the parts that are stored.
 
     Returns:
@@ -97,8 +101,9 @@ def what_if(db: sqlite3.Connection, digest: str, threshold: float) -> dict[str, 
         "SELECT count(*), sum(above), sum(above AND review = 'good'), "
         "sum(above AND review = 'bad'), sum(above AND review = 'unsure'), "
         "sum(NOT above AND review = 'bad') FROM "
-        "(SELECT score IS NULL OR score > ? AS above, review FROM verdicts WHERE digest = ?)",
-        (threshold, digest),
+        "(SELECT score IS NULL OR score > ? AS above, review FROM verdicts "
+        "WHERE model = ? AND digest = ?)",
+        (threshold, *detector),
     ).fetchone()
     names = (
         "parts", "rejected", "rejected_good", "rejected_bad", "rejected_unsure", "passed_bad"
@@ -106,7 +111,9 @@ def what_if(db: sqlite3.Connection, digest: str, threshold: float) -> dict[str, 
     return {name: value or 0 for name, value in zip(names, row, strict=True)}
 
 
-def histogram(db: sqlite3.Connection, digest: str, threshold: float | None, bins: int = 60) -> dict:
+def histogram(
+    db: sqlite3.Connection, detector: Detector, threshold: float | None, bins: int = 60
+) -> dict:
     """Counts of scores in bins of equal width, by review, from the lowest to the 99.5th percentile.
 
     The last bin also holds what lies above; where there is a threshold the range reaches half as
@@ -115,19 +122,19 @@ def histogram(db: sqlite3.Connection, digest: str, threshold: float | None, bins
     Returns:
         low, high; counts: review (or "open") -> a number per bin; not_a_number: scores in no bin.
     """
-    where = "FROM verdicts WHERE digest = ? AND score IS NOT NULL"
+    where = "FROM verdicts WHERE model = ? AND digest = ? AND score IS NOT NULL"
     total, low, high = db.execute(
-        f"SELECT count(*), min(score), max(score) {where}", (digest,)
+        f"SELECT count(*), min(score), max(score) {where}", detector
     ).fetchone()
     (missing,) = db.execute(
-        "SELECT count(*) FROM verdicts WHERE digest = ? AND score IS NULL", (digest,)
+        "SELECT count(*) FROM verdicts WHERE model = ? AND digest = ? AND score IS NULL", detector
     ).fetchone()
     if not total:
         low = high = 0.0 if threshold is None else threshold
     else:
         (upper,) = db.execute(
             f"SELECT score {where} ORDER BY score LIMIT 1 OFFSET ?",
-            (digest, math.ceil(0.995 * (total - 1))),
+            (*detector, math.ceil(0.995 * (total - 1))),
         ).fetchone()
         high = min(high, max(upper, low))
     if threshold is not None:
@@ -138,7 +145,7 @@ def histogram(db: sqlite3.Connection, digest: str, threshold: float | None, bins
     rows = db.execute(
         "SELECT min(CAST((score - ?) * ? AS INTEGER), ?), coalesce(review, 'open'), count(*) "
         f"{where} GROUP BY 1, 2",
-        (low, bins / (high - low), bins - 1, digest),
+        (low, bins / (high - low), bins - 1, *detector),
     )
     for place, review, count in rows:
         found[review][place] += count
@@ -149,7 +156,7 @@ class TooFew(ValueError):
     """There are too few parts for a threshold."""
 
 
-def proposed_threshold(db: sqlite3.Connection, digest: str, rate: float) -> dict[str, Any]:
+def proposed_threshold(db: sqlite3.Connection, detector: Detector, rate: float) -> dict[str, Any]:
     """The threshold that at most a share `rate` of good parts would exceed.
 
     Good are parts that were reviewed as good, and parts that passed and were reviewed as nothing
@@ -165,9 +172,9 @@ def proposed_threshold(db: sqlite3.Connection, digest: str, rate: float) -> dict
         TooFew: fewer than `LEAST_PARTS` good parts. ValueError: a rate outside [0, 1).
     """
     rows = db.execute(
-        "SELECT score, review FROM verdicts WHERE digest = ? AND score IS NOT NULL AND "
-        "(review = 'good' OR (review IS NULL AND is_anomalous = 0))",
-        (digest,),
+        "SELECT score, review FROM verdicts WHERE model = ? AND digest = ? "
+        "AND score IS NOT NULL AND (review = 'good' OR (review IS NULL AND is_anomalous = 0))",
+        detector,
     ).fetchall()
     scores = [row[0] for row in rows]
     if len(scores) < LEAST_PARTS:
@@ -177,9 +184,9 @@ def proposed_threshold(db: sqlite3.Connection, digest: str, rate: float) -> dict
     threshold = threshold_from_scores(scores, rate)
     above = sum(score > threshold for score in scores)
     (left_out,) = db.execute(
-        "SELECT count(*) FROM verdicts WHERE digest = ? AND "
+        "SELECT count(*) FROM verdicts WHERE model = ? AND digest = ? AND "
         "(review = 'unsure' OR (review IS NULL AND is_anomalous = 1))",
-        (digest,),
+        detector,
     ).fetchone()
     return {
         "threshold": threshold,

@@ -34,7 +34,7 @@ CREATE TABLE verdicts (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     time REAL NOT NULL,         -- seconds since 1970, UTC
     model TEXT NOT NULL,        -- name under which the detector is served
-    digest TEXT NOT NULL,       -- SHA-256 of its file: scores of one digest can be compared
+    digest TEXT NOT NULL,       -- SHA-256 of its file: the scores of another mean something else
     name TEXT,                  -- what the sender called the picture
     score REAL,                 -- NULL: not a number
     threshold REAL,             -- by which it was judged; NULL: not judged
@@ -45,7 +45,7 @@ CREATE TABLE verdicts (
     bytes INTEGER NOT NULL,     -- of the picture's file and the map
     review TEXT, reviewed REAL  -- good, bad or unsure, and when
 );
-CREATE INDEX verdicts_by_score ON verdicts (digest, score, review, is_anomalous);
+CREATE INDEX verdicts_by_score ON verdicts (model, digest, score, review, is_anomalous);
 CREATE INDEX verdicts_by_time ON verdicts (time);
 CREATE TABLE maps (
     id INTEGER PRIMARY KEY REFERENCES verdicts (id),

@@ -11,6 +11,7 @@ from efficientad.service import queries
 from efficientad.service.store import Record, Store
 
 NAN = float("nan")
+SCREW = ("screw", "d")
 
 
 def fill(store: Store, *parts: tuple[float, str | None], threshold=0.5, **changes) -> None:
@@ -42,11 +43,14 @@ PARTS = [
 def test_counts(store):
     fill(store, *PARTS)
     fill(store, (0.9, None), digest="another file of the same name")
+    fill(store, (0.9, None), model="the same file at another place")
     with store.reading() as db:
-        assert queries.counts(db, "d") == {
+        assert queries.counts(db, SCREW) == {
             "parts": 9, "anomalous": 5, "open": 1, "good": 2, "bad": 3, "unsure": 1
         }  # fmt: skip
-        assert queries.counts(db, "unknown") == dict.fromkeys(queries.counts(db, "d"), 0)
+        assert queries.counts(db, ("screw", "unknown")) == dict.fromkeys(
+            queries.counts(db, SCREW), 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -63,16 +67,16 @@ def test_what_a_threshold_would_have_done(store, threshold, expected):
     fill(store, (0.9, "bad"), digest="another")
     names = ("rejected", "rejected_good", "rejected_bad", "rejected_unsure", "passed_bad")
     with store.reading() as db:
-        found = queries.what_if(db, "d", threshold)
+        found = queries.what_if(db, SCREW, threshold)
         assert found == {"parts": 9, **dict(zip(names, expected, strict=True))}
-        none = queries.what_if(db, "unknown", threshold)
+        none = queries.what_if(db, ("screw", "unknown"), threshold)
         assert set(none.values()) == {0}
 
 
 def test_the_histogram_holds_every_number_once(store):
     fill(store, *PARTS)
     with store.reading() as db:
-        found = queries.histogram(db, "d", 0.5, bins=10)
+        found = queries.histogram(db, SCREW, 0.5, bins=10)
     sums = {word: sum(counts) for word, counts in found["counts"].items()}
     assert sums == {"good": 2, "bad": 3, "unsure": 0, "open": 3}
     assert found["not_a_number"] == 1
@@ -85,7 +89,7 @@ def test_the_histogram_holds_every_number_once(store):
 def test_a_long_tail_goes_into_the_last_bin(store):
     fill(store, *[(0.1 + i / 1000, None) for i in range(300)], (50.0, "bad"))
     with store.reading() as db:
-        found = queries.histogram(db, "d", 0.3, bins=20)
+        found = queries.histogram(db, SCREW, 0.3, bins=20)
     assert found["high"] < 1
     assert found["counts"]["bad"][-1] == 1
     assert sum(found["counts"]["open"]) == 300
@@ -96,7 +100,7 @@ def test_a_long_tail_goes_into_the_last_bin(store):
 def test_a_histogram_of_next_to_nothing(store, scores, threshold):
     fill(store, *[(score, None) for score in scores])
     with store.reading() as db:
-        found = queries.histogram(db, "d", threshold)
+        found = queries.histogram(db, SCREW, threshold)
     assert found["low"] < found["high"]
     assert sum(found["counts"]["open"]) == sum(not math.isnan(score) for score in scores)
 
@@ -139,7 +143,7 @@ def test_a_threshold_rests_on_parts_that_passed_and_false_rejects(store):
     fill(store, (0.55, "good"), (0.65, "good"))  # rejected, and good
     fill(store, (0.4, "bad"), (0.9, "bad"), (0.7, None), (0.45, "unsure"), (NAN, "good"))
     with store.reading() as db:
-        found = queries.proposed_threshold(db, "d", 0.02)
+        found = queries.proposed_threshold(db, SCREW, 0.02)
     assert found == {
         "threshold": 0.55,  # one of 50 lies above
         "good": 50,
@@ -153,7 +157,7 @@ def test_a_threshold_rests_on_parts_that_passed_and_false_rejects(store):
 def test_too_few_good_parts_give_no_threshold(store):
     fill(store, *[(0.1, None)] * 19, *[(0.9, None)] * 50)
     with store.reading() as db, pytest.raises(queries.TooFew, match="19 good parts are stored"):
-        queries.proposed_threshold(db, "d", 0.01)
+        queries.proposed_threshold(db, SCREW, 0.01)
 
 
 @pytest.mark.parametrize(("found", "of"), [(0, 59), (1, 100), (5, 60), (7, 7)])
