@@ -93,7 +93,7 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
 
 def run_serve(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    _require_extra()
+    require_extra()
     from efficientad.service.core import digest_of
     from efficientad.service.limits import Limits
     from efficientad.service.server import Settings, run
@@ -132,7 +132,15 @@ def run_serve(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _require_extra() -> None:
+def serve_model(model: Path, store: Path) -> int:
+    """`efficientad serve MODEL --store STORE` and nothing else said."""
+    parser = argparse.ArgumentParser()
+    add_serve(parser.add_subparsers())
+    return run_serve(parser.parse_args(["serve", str(model), "--store", str(store)]))
+
+
+def require_extra() -> None:
+    """Raise ImportError, with the pip line, unless the service's packages are there."""
     for package in PACKAGES:
         try:
             importlib.import_module(package)

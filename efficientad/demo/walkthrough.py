@@ -46,7 +46,9 @@ def run(
     out = Path(out)
     model = out / "detector.safetensors"
     others = (
-        {p.name for p in out.iterdir()} - {"parts", "report", model.name} if out.exists() else ()
+        {p.name for p in out.iterdir()} - {"parts", "report", "verdicts", model.name}
+        if out.exists()
+        else ()
     )
     if others:
         raise ValueError(

@@ -167,6 +167,24 @@ def test_the_key_comes_from_a_file_or_the_environment_never_from_both(
     assert "which is empty" in usage(capsys, str(model), "--key-file", str(file))
 
 
+def test_the_demo_serves_its_detector(capsys, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.delenv(serve.KEY, raising=False)
+    monkeypatch.setattr(serve, "run_serve", lambda options: ran.append(options) or 0)
+    result = types.SimpleNamespace(metrics={})
+    monkeypatch.setattr("efficientad.demo.walkthrough.run", lambda out, **options: result)
+    assert command_line.main(["demo", "--out", str(tmp_path)]) == 0
+    assert ran == []
+    assert command_line.main(["demo", "--out", str(tmp_path), "--serve"]) == 0
+    assert f"curl --data-binary @{tmp_path}" in capsys.readouterr().out
+    (options,) = ran
+    assert options.models == [str(tmp_path / "detector.safetensors")]
+    assert (options.store, options.host) == (tmp_path / "verdicts", "127.0.0.1")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert command_line.main(["demo", "--out", str(tmp_path), "--serve"]) == 2
+    assert len(ran) == 1
+
+
 def test_a_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "serve needs uvicorn: pip install 'efficientad[serve]'" in usage(capsys, "x.pt")
