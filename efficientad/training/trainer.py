@@ -302,7 +302,8 @@ class Trainer:
         """
         tensors, facts = load_state(Path(path))
         images, known = self.source.images, facts.get("identity", {})
-        for name, now in self.identity.items():
+        for name in (*self.identity, *known):  # what one of the two lacks is None
+            now = self.identity.get(name)
             if known.get(name) != now:
                 raise TrainingError(
                     f"{path} is of a training with {name} {known.get(name)!r}; here it is {now!r}. "

@@ -267,6 +267,11 @@ def test_a_state_of_another_training_is_refused(folder, tmp_path, change, messag
     trainer.save(tmp_path / "state")
     with pytest.raises(TrainingError, match=message):
         thin_trainer(folder, 1, **change).resume(tmp_path / "state")
+    thin_trainer(folder, 1, identity={"value_range": None}).resume(tmp_path / "state")
+    ranged = unbroken(folder, 1, identity={"value_range": [0, 4095]})
+    ranged.save(tmp_path / "ranged")
+    with pytest.raises(TrainingError, match=r"value_range \[0, 4095\]; here it is None"):
+        thin_trainer(folder, 1).resume(tmp_path / "ranged")
     fewer = thin_trainer(folder, 1)
     fewer.source.images.paths.pop()
     with pytest.raises(TrainingError, match="other images"):
