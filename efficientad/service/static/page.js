@@ -397,16 +397,23 @@ async function loadModels() {
 }
 
 async function load() {
-  await loadModels();
-  for (const { name } of state.models) {
-    const { verdicts } = await ask(`api/verdicts?${new URLSearchParams({ model: name, limit: RECENT })}`);
-    state.recent[name] = verdicts.reverse();
+  for (let i = 0; i < 3; i++) { // again where parts arrived meanwhile, which the counts may lack
+    state.arrived = false;
+    await loadModels();
+    for (const { name } of state.models) {
+      const { verdicts } = await ask(`api/verdicts?${new URLSearchParams({ model: name, limit: RECENT })}`);
+      const last = verdicts.length ? verdicts[0].id : 0;
+      const later = (state.recent[name] || []).filter((part) => part.id > last);
+      state.recent[name] = [...verdicts.reverse(), ...later].slice(-RECENT);
+    }
+    if (!state.arrived) return;
   }
 }
 
 let redraw = null;
 function arrived(part) {
   const model = state.models.find((one) => one.name === part.model), list = (state.recent[part.model] ||= []);
+  state.arrived = true;
   list.push(part);
   if (list.length > RECENT) list.shift();
   if (model) {
