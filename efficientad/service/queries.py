@@ -15,6 +15,7 @@ from typing import Any
 from efficientad.model.calibration import threshold_from_scores
 from efficientad.service.core import as_text
 from efficientad.service.store import REVIEWS
+from efficientad.utils.proportions import upper_bound
 
 VERDICTS = {
     "anomalous": "is_anomalous = 1",
@@ -22,7 +23,6 @@ VERDICTS = {
     "none": "is_anomalous IS NULL",
 }
 _REVIEW = {**{word: f"review = '{word}'" for word in REVIEWS}, "open": "review IS NULL"}
-CONFIDENCE = 0.95
 LEAST_PARTS = 20  # from which a threshold is proposed
 
 
@@ -196,13 +196,6 @@ def proposed_threshold(db: sqlite3.Connection, detector: Detector, rate: float) 
         "bound": upper_bound(above, len(scores)),
         "left_out": left_out,
     }
-
-
-def upper_bound(found: int, of: int, confidence: float = CONFIDENCE) -> float:
-    """The share that is not exceeded, by Clopper and Pearson, where `found` of `of` were seen."""
-    from scipy import special
-
-    return 1.0 if found >= of else float(special.betaincinv(found + 1, of - found, confidence))
 
 
 def set_review(db: sqlite3.Connection, number: int, review: str | None, now: float) -> bool:
