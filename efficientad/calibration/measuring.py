@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD
 from efficientad.model.precision import Precision, compare
 from efficientad.utils.devices import cpu_convolves_bfloat16
+from efficientad.utils.sampling import evenly
 
 MOST_IMAGES = 64  # scored again; evenly spread over those behind the threshold
 
@@ -41,7 +41,7 @@ def measure_precision(
         ImageError: an image that cannot be read any more.
     """
     device = detector.affine.device
-    places = np.unique(np.linspace(0, len(images) - 1, MOST_IMAGES).round().astype(int))
+    places = evenly(len(images), MOST_IMAGES)
     found: dict[str, list[float]] = {}
     for name, build in _ways(device).items():
         predictor = build(detector, device=device, dtype=name, batch_sizes=(1,), map_size=None)

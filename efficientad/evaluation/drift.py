@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from efficientad.utils.proportions import exceeding_chance
+from efficientad.utils.sampling import evenly
 
 SIGNIFICANCE = 0.01  # chance at which like scores are called drifted
 LEAST_DISTANCE = 0.1  # between distribution functions; what is less is no drift, however sure
@@ -122,9 +123,7 @@ def ks_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 def _change(scores: np.ndarray, reference: np.ndarray) -> int:
     """Index of the first score after the change, by the rule of `find_drift`."""
-    last = len(scores) - FEWEST
-    places = np.unique(np.linspace(0, last, min(last + 1, _PLACES)).round().astype(int))
-
+    places = evenly(len(scores) - FEWEST + 1, _PLACES)
     pooled = np.concatenate([reference, scores])
     order = np.argsort(pooled, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(pooled[order]) > 0, True))  # the last of equal scores

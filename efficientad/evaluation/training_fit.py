@@ -18,6 +18,7 @@ from efficientad.model.detector import EfficientAD
 from efficientad.model.good_images import odd_images
 from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
 from efficientad.utils.files import plain_text
+from efficientad.utils.sampling import evenly
 
 MOST_IMAGES = 1000  # scored; evenly spread over all of them
 WORST = 5
@@ -79,8 +80,7 @@ def training_fit(
     """
     if not detector.calibrated:
         detector.raise_uncalibrated()
-    count = min(len(paths), MOST_IMAGES)
-    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, count).round().astype(int)]
+    chosen = [paths[i] for i in evenly(len(paths), MOST_IMAGES)]
     fit = TrainingFit(len(paths))
     read: list[Path] = []
     highest: list[tuple[float, int, RawMaps]] = []

@@ -14,6 +14,7 @@ from efficientad.model.good_images import GoodImagesSeen, GoodImageWarning
 from efficientad.model.known_pictures import among_known
 from efficientad.utils.files import listed, plain_text
 from efficientad.utils.proportions import CONFIDENCE, exceeding_chance, upper_bound
+from efficientad.utils.sampling import evenly
 
 MOST_SCORES = 2000  # kept in a detector's file
 UNLIKELY = 0.01  # chance at which a lot is said to differ, shared among the lots
@@ -23,9 +24,7 @@ _LISTED = 5  # names in a message
 def kept_scores(scores: Sequence[float]) -> list[float]:
     """Ascending; of more than `MOST_SCORES` so many, at evenly spaced ranks."""
     ordered = np.sort(np.asarray(scores, np.float64))
-    if len(ordered) > MOST_SCORES:
-        ordered = ordered[np.linspace(0, len(ordered) - 1, MOST_SCORES).round().astype(int)]
-    return ordered.tolist()
+    return ordered[evenly(len(ordered), MOST_SCORES)].tolist()
 
 
 def trust(scores: Sequence[float], threshold: float) -> dict[str, Any]:

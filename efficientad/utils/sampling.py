@@ -1,4 +1,4 @@
-"""Random choices that are functions of (seed, step, item).
+"""Choices that are functions of their arguments, random ones of (seed, step, item).
 
 No generator runs along with a training, so nothing has to be stored to resume one, and threads that
 load images cannot change what is drawn.
@@ -35,6 +35,14 @@ def shuffled(seed: int, stream: str, count: int, position: int) -> int:
         raise ValueError(f"count must be >= 1 and position >= 0, got {count}, {position}")
     epoch, place = divmod(position, count)
     return int(_permutation(seed, stream, count, epoch)[place])
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """Of range(count) at most `most`, evenly spread, ascending, the first and the last among them.
+
+    A single one is the first.
+    """
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from efficientad.utils.prefetch import ahead
-from efficientad.utils.sampling import random_numbers, shuffled
+from efficientad.utils.sampling import evenly, random_numbers, shuffled
 
 
 def test_numbers_are_a_function_of_the_arguments():
@@ -115,3 +115,12 @@ def test_closing_stops_the_threads():
 def test_impossible_numbers_of_threads_are_refused_at_once(workers, depth):
     with pytest.raises(ValueError, match="workers must be >= 0 and depth >= 1"):
         ahead(_slow_square, range(3), workers=workers, depth=depth)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"),
+    [(0, 5, []), (1, 5, [0]), (4, 5, [0, 1, 2, 3]), (5, 5, [0, 1, 2, 3, 4]), (9, 1, [0]),
+     (9, 2, [0, 8]), (9, 3, [0, 4, 8]), (101, 5, [0, 25, 50, 75, 100])],
+)  # fmt: skip
+def test_evenly_spread_places(count, most, expected):
+    assert evenly(count, most).tolist() == expected
