@@ -102,6 +102,20 @@ def change(data: bytes, rng: random.Random) -> bytes:
         return mutated(data, rng)
 
 
+_WAYS = ("double", "swap", "leave out")
+
+
+def _rearrange(parts: list, i: int, way: str, rng: random.Random) -> None:
+    """Part `i` of a file once more at any place, swapped with another one, or left out."""
+    if way == "double":
+        parts.insert(rng.randrange(len(parts)), parts[i])
+    elif way == "swap":
+        j = rng.randrange(len(parts))
+        parts[i], parts[j] = parts[j], parts[i]
+    else:
+        del parts[i]
+
+
 def _png(data: bytes, rng: random.Random) -> bytes:
     """Chunks changed, doubled, swapped or left out, with checksums that fit."""
     chunks, at = [], 8
@@ -117,13 +131,8 @@ def _png(data: bytes, rng: random.Random) -> bytes:
         else:
             content = mutated(content, rng) if content else content
         chunks[i] = kind, content
-    elif what == 2:
-        chunks.insert(rng.randrange(len(chunks)), chunks[i])
-    elif what == 3:
-        j = rng.randrange(len(chunks))
-        chunks[i], chunks[j] = chunks[j], chunks[i]
     else:
-        del chunks[i]
+        _rearrange(chunks, i, _WAYS[what - 2], rng)
     out = data[:8]
     for kind, content in chunks:
         out += struct.pack(">I", len(content)) + kind + content
@@ -141,13 +150,8 @@ def _jpeg(data: bytes, rng: random.Random) -> bytes:
     what, i = rng.randrange(4), rng.randrange(len(segments))
     if what == 0:
         segments[i] = segments[i][0], mutated(segments[i][1], rng)
-    elif what == 1:
-        segments.insert(rng.randrange(len(segments)), segments[i])
-    elif what == 2:
-        j = rng.randrange(len(segments))
-        segments[i], segments[j] = segments[j], segments[i]
     else:
-        del segments[i]
+        _rearrange(segments, i, _WAYS[what - 1], rng)
     marked = (m + struct.pack(">H", min(len(s) + 2, 65535)) + s for m, s in segments)
     return data[:2] + b"".join(marked) + data[at:]
 
