@@ -35,7 +35,7 @@ def add_judge(commands: argparse._SubParsersAction) -> None:
 
 def run_judge(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    from efficientad.results.score_picture import write_score_picture
+    from efficientad.results.score_picture import save_picture, score_picture
     from efficientad.results.stored_scores import judge, read_scores, write_judged
 
     stored = read_scores(options.results)
@@ -44,16 +44,16 @@ def run_judge(options: argparse.Namespace) -> int:
     write_judged(out, stored, found)
     _print_judgement(stored, found)
     own = "unknown" if stored.threshold is None else f"{stored.threshold:.4g}"
-    picture = out / "scores.png"
-    write_score_picture(
-        picture,
+    picture = score_picture(
         stored.by_kind(),
         found.threshold,
         title=f"{stored.file.parent.resolve().name}: scores judged again",
         lines=[f"{sum(found.anomalous)} of {len(stored.images)} images are anomalous by the "
                f"threshold {found.threshold:.4g}. The run's own: {own}."],
     )  # fmt: skip
-    print(f"written: {out / 'scores.json'}, {out / 'scores.csv'}, {picture}")
+    where = out / "scores.png"
+    save_picture(picture, where)
+    print(f"written: {out / 'scores.json'}, {out / 'scores.csv'}, {where}")
     return EXIT_OK
 
 
@@ -112,7 +112,7 @@ def run_drift(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from efficientad.checkpoint.loading import load
     from efficientad.evaluation.drift import find_drift
-    from efficientad.results.score_picture import write_score_picture
+    from efficientad.results.score_picture import save_picture, score_picture
     from efficientad.results.stored_scores import read_scores
 
     stored = read_scores(options.results)
@@ -136,13 +136,13 @@ def run_drift(options: argparse.Namespace) -> int:
         if found.since is not None:
             groups = {"calibration": known, "before": scores[: found.since],
                       "since": scores[found.since :]}  # fmt: skip
-        write_score_picture(
-            options.picture,
+        picture = score_picture(
             groups,
             detector.threshold,
             title=f"{stored.file.parent.resolve().name}: scores beside the calibration's",
             lines=[_verdict(stored, found)],
         )
+        save_picture(picture, options.picture)
         print(f"picture: {options.picture}")
     return EXIT_ANOMALY if found.drifted and options.fail_on_drift else EXIT_OK
 

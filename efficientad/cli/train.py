@@ -208,7 +208,7 @@ def _show_fit(detector: EfficientAD, dataset: DataSet, options: argparse.Namespa
     """Score the training images, name those that fit worst, and write the picture."""
     from efficientad.evaluation.training_fit import training_fit
     from efficientad.fast.predictor import FastPredictor
-    from efficientad.results.score_picture import Card, write_score_picture
+    from efficientad.results.score_picture import Card, save_picture, score_picture
     from efficientad.utils.devices import choose_device
     from efficientad.utils.files import names_below
 
@@ -232,9 +232,7 @@ def _show_fit(detector: EfficientAD, dataset: DataSet, options: argparse.Namespa
         cards.append(Card(name, misfit.score, misfit.image, misfit.anomaly_map, remark))
     looked = f"{len(fit.scores)} of {fit.images}" if len(fit.scores) < fit.images else fit.images
     training = detector.provenance["training"]
-    where = picture_beside(options.out)
-    write_score_picture(
-        where,
+    picture = score_picture(
         {"training": fit.scores, "held out": calibration["scores"]},
         threshold,
         title=f"{dataset.name}: how well the good parts fit",
@@ -246,6 +244,8 @@ def _show_fit(detector: EfficientAD, dataset: DataSet, options: argparse.Namespa
         cards=cards,
         cards_title="Training images that fit worst: is a bad part among them?",
     )
+    where = picture_beside(options.out)
+    save_picture(picture, where)
     print(f"picture: {where}")
 
 

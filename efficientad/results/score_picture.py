@@ -53,20 +53,8 @@ class Card:
     remark: str = ""
 
 
-def write_score_picture(
-    path: str | os.PathLike,
-    groups: Mapping[str, Sequence[float]],
-    threshold: float | None,
-    *,
-    title: str,
-    lines: Sequence[str] = (),
-    cards: Sequence[Card] = (),
-    cards_title: str = "",
-) -> None:
-    """Write `score_picture` as a PNG, whole or not at all."""
-    picture = score_picture(
-        groups, threshold, title=title, lines=lines, cards=cards, cards_title=cards_title
-    )
+def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
+    """Write a picture as PNG, whole or not at all."""
     replace_file(Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True))
 
 

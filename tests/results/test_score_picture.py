@@ -13,8 +13,8 @@ from efficientad.results.score_picture import (
     ALARM_SOFT,
     COLORS,
     Card,
+    save_picture,
     score_picture,
-    write_score_picture,
 )
 
 
@@ -91,7 +91,8 @@ def test_long_and_foreign_names_are_drawn_within_their_card():
 
 def test_the_file_is_a_png(tmp_path):
     path = tmp_path / "new" / "scores.png"
-    write_score_picture(path, {"good": [0.1, math.nan]}, 0.3, title="parts", lines=["one"])
+    picture = score_picture({"good": [0.1, math.nan]}, 0.3, title="parts", lines=["one"])
+    save_picture(picture, path)
     assert Image.open(path).format == "PNG"
 
 
