@@ -21,7 +21,8 @@ from efficientad.checkpoint.safe_pickle import (
     attributes,
     mapping,
 )
-from efficientad.model.detector import IMAGENET_MEAN, IMAGENET_STD, QUANTILE_NAMES
+from efficientad.model.detector import IMAGENET_MEAN, IMAGENET_STD
+from efficientad.model.map_rule import QUANTILE_NAMES
 from efficientad.model.networks import TEACHER_CHANNELS
 
 _MARK = "teacher.conv1.weight"  # in the state dict of every EfficientAdModel

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor
-from efficientad.model.detector import QUANTILE_NAMES, EfficientAD
+from efficientad.model.detector import EfficientAD
+from efficientad.model.image_score import ScoreRule
+from efficientad.model.map_rule import QUANTILE_NAMES
 from efficientad.model.networks import PDN, TEACHER_CHANNELS
 
 NETWORKS = ("teacher", "student", "autoencoder")
@@ -30,6 +32,7 @@ class Contents:
         quantiles: qa_st, qb_st, qa_ae, qb_ae, or None.
         normalization: image mean and std, 3 values each, or None for ImageNet's.
         region: bool of image_size, True where inspected, or None.
+        score: "max" or a number of cells, see `EfficientAD.score`.
     """
 
     size: str
@@ -46,6 +49,7 @@ class Contents:
     provenance: dict[str, object] = field(default_factory=dict)
     value_range: tuple[float, float] | None = None
     region: Tensor | None = None
+    score: ScoreRule = "max"
 
 
 @functools.cache
@@ -100,6 +104,7 @@ def build_detector(contents: Contents) -> EfficientAD:
             score_size=contents.score_size,
             image_size=contents.image_size,
         )
+        detector.score = contents.score
         if contents.region is not None:
             if tuple(contents.region.shape) != detector.image_size:
                 raise CheckpointError(

@@ -25,6 +25,7 @@ from efficientad import __version__
 from efficientad.model import synthetic
 from efficientad.model.agreement import difference, scale_of, worst
 from efficientad.model.detector import EfficientAD, check_detector
+from efficientad.model.image_score import described
 from efficientad.model.networks import check_pair
 from efficientad.model.region import share
 from efficientad.utils.files import replace_file
@@ -77,8 +78,8 @@ def export(
         path: the file; ".onnx" or ".pt2" by the format.
         format: "onnx" (one file with the weights inside; needs onnx, onnxscript and onnxruntime) or
             "aoti" (an AOTInductor package for the detector's device; needs a C++ compiler).
-        image_size: (height, width) in pixels, fixed in the file; None is the detector's. So is
-            the detector's region: the file applies it.
+        image_size: (height, width) in pixels, fixed in the file; None is the detector's. So are
+            the detector's region and its score: the file applies them.
         verify: False leaves the comparison out.
         force: replace an existing file.
 
@@ -138,6 +139,7 @@ def metadata(detector: EfficientAD, image_size: tuple[int, int]) -> dict[str, st
         "threshold": "" if detector.threshold is None else repr(float(detector.threshold)),
         "input": "image: (N, 3, H, W), RGB float32 in 0..1",
         **_range_fact(detector.value_range),
+        **({} if detector.score == "max" else {"score": described(detector.score)}),
         **({} if detector.region is None else {"inspected": str(share(detector.region))}),
         **({} if license is None else {"teacher_license": str(license)}),
     }

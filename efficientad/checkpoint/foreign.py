@@ -23,7 +23,7 @@ from efficientad.checkpoint.safe_pickle import (
     reading,
 )
 from efficientad.checkpoint.torch_zip import numpy_value, read_npy_object, read_torch
-from efficientad.model.detector import QUANTILE_NAMES
+from efficientad.model.map_rule import QUANTILE_NAMES
 from efficientad.model.networks import decoder_sizes
 from efficientad.utils.folders import visible
 

@@ -29,8 +29,10 @@ from efficientad.utils.files import replace_file
 from efficientad.utils.processes import computing
 
 FORMAT = "efficientad"
-FORMAT_VERSION = 3  # 1: the checksum was that of the tensors alone
-WITHOUT_REGION = 2  # the version of a file without a region, which packages before 3 read, too
+FORMAT_VERSION = 4  # 1: the checksum was that of the tensors alone
+# What a file does not have, packages of before it need not know: they read it, too.
+WITHOUT_SCORE = 3  # the version of a file whose score is the maximum
+WITHOUT_REGION = 2  # and that has no region
 # Relative. Measured on S and M: another thread count, memory layout or convolution library, or
 # float64, changes a golden value by at most 4e-7; two layers swapped or a filter mirrored, by about
 # 1e-2. 1e-3 leaves room for processors that round float32 convolutions. Single bits are the
@@ -77,6 +79,9 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         "has_statistics": detector.has_statistics,
         "value_range": check_value_range(detector.value_range),
     }
+    version = WITHOUT_REGION if detector.region is None else WITHOUT_SCORE
+    if detector.score != "max":
+        config["score"], version = detector.score, FORMAT_VERSION
     if detector.region is not None:
         tensors[_REGION] = detector.region.to("cpu", torch.uint8)
     lazy = {name: LazyTensor.of(value) for name, value in tensors.items()}
@@ -94,7 +99,7 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         ) from error
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION if _REGION in tensors else WITHOUT_REGION),
+        "format_version": str(version),
         **texts,
         "sha256": _digest(tensors, texts),
     }
@@ -246,6 +251,7 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
         provenance=provenance,
         value_range=value_range,
         region=_region(tensors[_REGION]) if _REGION in tensors else None,
+        score=config.get("score", "max"),
     )
 
 

@@ -115,6 +115,17 @@ def add_region(command: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def add_score(command: argparse.ArgumentParser, default: str) -> None:
+    """Add --score, "max" or a number; default: what holds without it."""
+    command.add_argument(
+        "--score",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        metavar="max|K",
+        help="how a map becomes a score: its maximum, or the mean of its K largest cells, see "
+        f"docs/image-score.md; kept in the detector (default: {default})",
+    )
+
+
 def region_of(options: argparse.Namespace, paths: Sequence[Path], detector: EfficientAD) -> Any:
     """The mask of --region, or None, checked against the frames that it is drawn on. ValueError."""
     from efficientad.data.region_files import check_frames, read_region

@@ -15,6 +15,7 @@ from efficientad.cli.common import (
     add_min_area,
     add_region,
     add_running,
+    add_score,
     add_value_range,
     build_predictor,
     check_arithmetic,
@@ -113,6 +114,7 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
     add_value_range(command)
     add_region(command, "quantiles and threshold are found in it, and the detector keeps it")
     command.add_argument("--no-region", action="store_true", help="inspect the whole frame again")
+    add_score(command, "as it is")
     command.add_argument("--border", choices=("nelson", "anomalib", "paper"))
     command.add_argument("--map-padding", type=int, metavar="CELLS")
     add_layout(command)
@@ -147,6 +149,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
         detector.set_map_rule(options.border, options.map_padding)
     if value_range is not None:
         detector.value_range = value_range
+    if options.score is not None:
+        detector.score = options.score
     held_out = split_good_images(good, False)[1]
     if options.region is not None or options.no_region:
         detector.set_region(region_of(options, held_out, detector))

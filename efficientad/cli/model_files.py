@@ -127,6 +127,7 @@ def _shortened(value: Any) -> Any:
 def describe(path: str) -> dict[str, Any]:
     """What is in a detector file."""
     from efficientad.checkpoint.loading import load
+    from efficientad.model.image_score import described
     from efficientad.model.region import share
 
     detector = load(path)
@@ -136,7 +137,7 @@ def describe(path: str) -> dict[str, Any]:
         "padding": detector.padding,
         "image size": "x".join(map(str, detector.image_size)),
         "border rule": f"{detector.border}, {detector.map_padding} cells",
-        "score at": f"{detector.score_size} size",
+        "score": f"{described(detector.score)}, at {detector.score_size} size",
         "statistics": "set" if detector.has_statistics else "not set",
         "quantiles": [round(q, 6) for q in detector.quantiles.tolist()]
         if detector.calibrated

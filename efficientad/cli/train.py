@@ -19,6 +19,7 @@ from efficientad.cli.common import (
     EXIT_STOPPED,
     Bars,
     add_region,
+    add_score,
     add_value_range,
     print_notes,
     print_threshold_trust,
@@ -87,6 +88,7 @@ def add_train(commands: Any) -> None:
     add("--fpr", type=float, default=0.01, help="share of held-out images above the threshold")
     add_value_range(command)
     add_region(command, "it is learned, calibrated and kept in the detector")
+    add_score(command, "max")
     add("--seed", type=int, default=42)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -167,6 +169,7 @@ def run_train(options: argparse.Namespace) -> int:
                 false_positive_rate=options.fpr,
                 value_range=value_range,
                 region=options.region,
+                score="max" if options.score is None else options.score,
                 device=options.device,
                 dtype=options.dtype,
                 workers=options.workers,

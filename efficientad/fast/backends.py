@@ -28,6 +28,7 @@ from efficientad.fast.fused_network import (
 )
 from efficientad.fast.region_masks import region_masks
 from efficientad.model.detector import EfficientAD
+from efficientad.model.image_score import ScoreRule, scored
 from efficientad.ops import reference
 from efficientad.ops.operators import kernel
 from efficientad.utils.devices import full_float32
@@ -72,6 +73,7 @@ class KernelBackend:
         )
         self.border = self.plan.border
         self.region = region_masks(detector, device)
+        self.score: ScoreRule = detector.score
         self._kernels = Kernels()
         self._workspace = Workspace()
         self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -130,12 +132,15 @@ class KernelBackend:
         self, maps: Maps, size: tuple[int, int], padding: int, out: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Distance maps -> anomaly map (N, *size) and score (N,), of the region alone."""
-        region = None
+        region = pixels = None
         if self.region is not None:
-            region = [mask.view(torch.uint8) for mask in self.region.of(size, padding)]
-        return self._kernels.anomaly_map(
+            pixels, cells = self.region.of(size, padding)
+            region = [mask.view(torch.uint8) for mask in (pixels, cells)]
+        found = self._kernels.anomaly_map(
             *maps, self.weights.affine, size, padding=padding, region=region, out=out
         )
+        result = scored(self.score, found, maps[0].shape[-2:], padding, pixels)
+        return result if out is None else _kept(out, result)
 
 
 class Fp8Backend(KernelBackend):
@@ -180,7 +185,9 @@ class Fp8Backend(KernelBackend):
             maps = forward(self.plan, weights, packed, reference)
         size, padding = self.plan.image_size, self.plan.map_padding
         region = None if self.region is None else self.region.of(size, padding)
-        return reference.anomaly_map(*maps, weights.affine, size, padding=padding, region=region)
+        found = reference.anomaly_map(*maps, weights.affine, size, padding=padding, region=region)
+        pixels = None if region is None else region[0]
+        return scored(self.score, found, self.plan.feature_size, padding, pixels)
 
 
 class TorchBackend:
@@ -198,6 +205,7 @@ class TorchBackend:
         self.network = FoldedNetwork(detector, dtype, device)
         self.name = network_name(dtype, device, shared=self.network.shared)
         self.region = region_masks(detector, device)
+        self.score: ScoreRule = detector.score
         wide = torch.promote_types(dtype, torch.float32)
         self._mean, self._std, self._affine = (
             value.flatten().to(device, wide, copy=True)
@@ -235,12 +243,18 @@ class TorchBackend:
     ) -> tuple[Tensor, Tensor]:
         """Distance maps -> anomaly map (N, *size) and score (N,), of the region alone."""
         region = None if self.region is None else self.region.of(size, padding)
-        result = reference.anomaly_map(*maps, self._affine, size, padding=padding, region=region)
-        if out is None:
-            return result
-        for place, value in zip(out, result, strict=True):
+        found = reference.anomaly_map(*maps, self._affine, size, padding=padding, region=region)
+        pixels = None if region is None else region[0]
+        result = scored(self.score, found, maps[0].shape[-2:], padding, pixels)
+        return result if out is None else _kept(out, result)
+
+
+def _kept(out: Maps, result: Maps) -> Maps:
+    """A result in the buffers `out`, where it may lie already."""
+    for place, value in zip(out, result, strict=True):
+        if place is not value:
             place.copy_(value)
-        return out
+    return out
 
 
 Backend = KernelBackend | TorchBackend

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from efficientad.data.decoding import ImageError, read_image, source_name
+from efficientad.model.image_score import ScoreRule
 from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import ValueRange
 
@@ -24,6 +25,7 @@ class FramePredictor(Protocol):
     image_size: tuple[int, int]
     padding: bool
     map_padding: int
+    score: ScoreRule
     threshold: float | None
     value_range: ValueRange | None
 

@@ -22,7 +22,8 @@ from efficientad.fast.options import choose_buckets, choose_dtype, fastest_dtype
 from efficientad.fast.streaming import stream
 from efficientad.fast.tiling import DEFAULT_OVERLAP, predict_large
 from efficientad.model.calibration import GoodImages
-from efficientad.model.detector import EfficientAD, check_detector, check_threshold
+from efficientad.model.detector import EfficientAD, check_detector
+from efficientad.model.image_score import check_threshold
 from efficientad.model.output import AnomalyOutput
 from efficientad.model.precision import doubt, stored_precision
 from efficientad.results.plain_path import OnError, RawMaps
@@ -80,7 +81,7 @@ class FastPredictor:
             `fp8.Fp8Check` or None, what is known of the dtype's errors ("precision"), and the
             seconds that construction took.
         device, dtype, batch_sizes, map_size: as chosen. size, padding, image_size, map_padding,
-            score_size: the detector's.
+            score, score_size: the detector's.
         engine: what computes, see `engine.Engine`.
 
     Raises:
@@ -117,7 +118,7 @@ class FastPredictor:
         self.size, self.padding = detector.size, detector.padding
         self.image_size = detector.image_size
         self.map_padding = detector.map_padding
-        self.score_size = detector.score_size
+        self.score, self.score_size = detector.score, detector.score_size
         self.value_range = detector.value_range
         self._frames = 0
         self._not_numbers: set[int] = set()
@@ -300,16 +301,16 @@ class FastPredictor:
 
         Raises:
             UncalibratedError: it has no statistics or quantiles.
-            ValueError: another network, input size, map padding or score size; a region on one
-                side alone; a detector that has not earned the dtype that "auto" chose; always in
-                fp8, whose scales and quantiles belong to the predictor's own detector.
+            ValueError: another network, input size, map padding, score or score size; a region on
+                one side alone; a detector that has not earned the dtype that "auto" chose; always
+                in fp8, whose scales and quantiles belong to the predictor's own detector.
         """
         check_detector(detector)
         if not detector.calibrated:
             detector.raise_uncalibrated()
-        rule = ("size, padding", "image_size", "map_padding", "score_size", "value_range")
+        rule = ("size, padding", "image_size", "map_padding", "score", "score_size", "value_range")
         mine, theirs = (
-            ((d.size, d.padding), d.image_size, d.map_padding, d.score_size, d.value_range)
+            ((d.size, d.padding), d.image_size, d.map_padding, d.score, d.score_size, d.value_range)
             for d in (self, detector)
         )
         for name, a, b in zip(rule, mine, theirs, strict=True):

@@ -2,7 +2,8 @@
 
 Tiles of the network's input size lie `size - overlap` pixels apart; the last one of an axis is
 flush with the image's edge. Each tile's anomaly map is weighted by a window, the weighted maps are
-added and divided by the sum of the windows, and the score is the maximum of that blended map.
+added and divided by the sum of the windows, and the score is the maximum of that blended map, or
+the mean of its largest cells, which are as large as those of a tile.
 
 The window is 1 inside the tile and falls linearly over the overlap towards neighbouring tiles; at
 the image's own edges it stays 1. Where a tile's map has a frame (see `frame_pixels`), it carries no
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from efficientad.fast.frame_inputs import FramePredictor, read_frame
+from efficientad.model.image_score import image_score, pixels_of
 from efficientad.model.networks import feature_size
 from efficientad.results.prediction import Prediction
 
@@ -103,6 +105,7 @@ def tiled_anomaly_map(
     tile: tuple[int, int],
     overlap: int,
     frame: tuple[int, int] = (0, 0),
+    pixels: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: blended map and score of one image, a tile at a time.
 
@@ -112,6 +115,7 @@ def tiled_anomaly_map(
         tile: rows and columns of a tile, the network's input size.
         overlap: pixels that neighbouring tiles share, 0 to half a tile.
         frame: rows and columns at a tile's edges that carry no evidence, see `frame_pixels`.
+        pixels: whose mean the score is, see `image_score.pixels_of`; None: it is the maximum.
 
     Returns:
         (blended map (H, W), score ()); a NaN in any tile makes the score NaN.
@@ -135,8 +139,7 @@ def tiled_anomaly_map(
             total[place] += weight
             not_a_number |= bool(one.isnan().any())
     blended = (blended / total).float()
-    score = blended.amax()
-    return blended, torch.full_like(score, torch.nan) if not_a_number else score
+    return blended, _score(blended, torch.tensor(not_a_number), pixels)
 
 
 @torch.no_grad()
@@ -149,8 +152,8 @@ def predict_large(
 ) -> Prediction:
     """Score one image at its full resolution, in overlapping tiles of the network's input size.
 
-    What it computes is `tiled_anomaly_map`: the tiles' maps blended without seams, and the
-    maximum of the blended map as the score. No pixel is resized, so the detector should have been
+    What it computes is `tiled_anomaly_map`: the tiles' maps blended without seams, and the score
+    of the blended map by the detector's rule. No pixel is resized, so the detector should have been
     trained and calibrated on tiles of the same resolution.
 
     Memory on the predictor's device beside the predictor's own: the image's map in float32 and the
@@ -202,8 +205,15 @@ def predict_large(
             blended[cut].addcmul_(one, rows[:, None] * cols)
         broken |= torch.isnan(torch.as_tensor(result.score)).any()
         del result  # before the next tiles' maps
-    score = blended.amax().masked_fill(broken, torch.nan)
+    grid = [feature_size(own, predictor.padding) for own in tile]
+    score = _score(blended, broken, pixels_of(predictor.score, tile, grid, padding))
     return Prediction(0, score, predictor.threshold, blended, size, frame)
+
+
+def _score(blended: Tensor, broken: Tensor, pixels: int | None) -> Tensor:
+    """The score () of a blended map, NaN where a tile is `broken`."""
+    maximum = blended.amax().masked_fill(broken, torch.nan)
+    return image_score(blended[None], maximum[None], pixels)[0]
 
 
 def _place(top: int, left: int, tile: tuple[int, int]) -> tuple[slice, slice]:

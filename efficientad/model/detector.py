@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficientad.model.map_rule import affine_of, check_border
+from efficientad.model.image_score import ScoreRule, check_score, check_threshold, scored
+from efficientad.model.map_rule import affine_of, check_border, check_quantiles
 from efficientad.model.networks import (
     PDN,
     STUDENT_CHANNELS,
@@ -27,29 +28,17 @@ from efficientad.model.networks import (
 from efficientad.model.output import AnomalyOutput
 from efficientad.model.region import RegionLike, check_cells, fitted, masks_of
 from efficientad.ops import reference
-from efficientad.utils.checks import check_flag, is_number
+from efficientad.utils.checks import check_flag
 from efficientad.utils.processes import pickled_by_content
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SCORE_SIZES = ("input", "source")
-QUANTILE_NAMES = ("qa_st", "qb_st", "qa_ae", "qb_ae")
 QUANTILE_LEVELS = (0.9, 0.995)  # q_a and q_b of the paper
 
 
 class UncalibratedError(ValueError):
     """A score was asked of a detector whose statistics or quantiles are not set."""
-
-
-def check_threshold(value: object) -> float | None:
-    """A threshold as a float; ValueError unless it is a finite number, or None for no verdicts."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if value is None:
-        return None
-    if not is_number(value):
-        raise ValueError(f"threshold is {value!r}; it must be a finite number, or None")
-    return float(value)
 
 
 @pickled_by_content
@@ -67,7 +56,7 @@ class EfficientAD(nn.Module):
             None: "nelson" for the unpadded PDN, "paper" for the padded one.
         map_padding: cells added on every side of a map before it is resized. None: 4 for the
             unpadded PDN, 0 for the padded one.
-        score_size: "input" (score = maximum at `image_size`) or "source" (at the image's own size,
+        score_size: "input" (score of the map at `image_size`) or "source" (at the image's own size,
             as nelson1425 evaluates). It is kept for whoever resizes maps; `forward` sees no source.
 
     A new detector has random weights, unset statistics and unset quantiles: `distance_maps` works,
@@ -84,6 +73,7 @@ class EfficientAD(nn.Module):
     _region: Tensor | None
     _cells: Tensor | None
     value_range: tuple[float, float] | None = None  # of samples above 8 bits: data/samples.py
+    _score: ScoreRule = "max"
 
     def __init__(
         self,
@@ -137,6 +127,21 @@ class EfficientAD(nn.Module):
     @threshold.setter
     def threshold(self, value: float | None) -> None:
         self._threshold = check_threshold(value)
+
+    @property
+    def score(self) -> ScoreRule:
+        """How a map becomes a score: "max", or k for the mean of its k largest cells.
+
+        Setting another clears the threshold and the record of the calibration.
+        """
+        return self._score
+
+    @score.setter
+    def score(self, value: ScoreRule) -> None:
+        new = check_score(value, self.feature_size())
+        if new != self._score:
+            self._score, self.threshold = new, None
+            self.provenance.pop("calibration", None)
 
     @property
     def has_statistics(self) -> bool:
@@ -196,13 +201,7 @@ class EfficientAD(nn.Module):
         Equal q_a and q_b (a constant map) get the smallest useful distance, 1e-6 of max(1, q_a),
         with a warning, so that forward never divides by zero. Clears the threshold.
         """
-        values = [float(v) for v in (qa_st, qb_st, qa_ae, qb_ae)]
-        for name, value in zip(QUANTILE_NAMES, values, strict=True):
-            if value != value or value in (float("inf"), float("-inf")):
-                raise ValueError(f"{name} is {value}; quantiles must be finite")
-        for kind, (qa, qb) in (("st", values[:2]), ("ae", values[2:])):
-            if qb < qa:
-                raise ValueError(f"qb_{kind} is {qb} and qa_{kind} is {qa}; q_b must be >= q_a")
+        values = check_quantiles(qa_st, qb_st, qa_ae, qb_ae)
         self.quantiles.copy_(torch.tensor(values, dtype=torch.float64))
         self.threshold = None
         self._resolve()
@@ -241,6 +240,7 @@ class EfficientAD(nn.Module):
         self.border, self.map_padding, self.image_size = new_border, new_padding, new_size
         try:
             self.set_region(self._region)
+            check_score(self._score, self.feature_size())
         except ValueError:
             self.border, self.map_padding, self.image_size = before
             raise
@@ -327,16 +327,17 @@ class EfficientAD(nn.Module):
     def anomaly_map(
         self, map_st: Tensor, map_ae: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Combine raw maps (N, h, w) to an anomaly map of `size` pixels and its maximum (N,)."""
+        """Combine raw maps (N, h, w) to an anomaly map of `size` pixels and its score (N,)."""
         if not self.calibrated:
             self.raise_uncalibrated()
-        region = None
+        grid, region = (map_st.shape[-2], map_st.shape[-1]), None
         if self._region is not None and self._cells is not None:  # they are set together
-            height, width = map_st.shape[-2:]
-            region = masks_of(self._region, self._cells, size, (height, width), self.map_padding)
-        return reference.anomaly_map(
+            region = masks_of(self._region, self._cells, size, grid, self.map_padding)
+        found = reference.anomaly_map(
             map_st, map_ae, self.affine, size, padding=self.map_padding, region=region
         )
+        pixels = None if region is None else region[0]
+        return scored(self._score, found, grid, self.map_padding, pixels)
 
     def forward(self, image: Tensor) -> AnomalyOutput:
         """Image (N, 3, H, W), RGB float in 0..1, H and W >= 256 -> scores and maps.

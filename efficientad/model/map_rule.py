@@ -5,9 +5,11 @@ The border rules are those of the published implementations; see docs/border-rul
 
 from __future__ import annotations
 
+import math
 import warnings
 
 BORDERS = ("nelson", "anomalib", "paper")
+QUANTILE_NAMES = ("qa_st", "qb_st", "qa_ae", "qb_ae")
 MAP_AT_QB = 0.1  # the map's unit: q_a of the good images is sent to 0 and q_b to 0.1
 
 
@@ -29,6 +31,18 @@ def check_border(border: str, padding: bool, map_padding: int | None) -> int:
     if isinstance(map_padding, bool) or not isinstance(map_padding, int) or map_padding < 0:
         raise ValueError(f"map_padding is {map_padding!r}; it must be an integer >= 0 (cells)")
     return map_padding
+
+
+def check_quantiles(*values: float) -> list[float]:
+    """Quantiles in the order of QUANTILE_NAMES as floats; ValueError for what cannot be some."""
+    found = [float(value) for value in values]
+    for name, value in zip(QUANTILE_NAMES, found, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; quantiles must be finite")
+    for kind, (qa, qb) in (("st", found[:2]), ("ae", found[2:])):
+        if qb < qa:
+            raise ValueError(f"qb_{kind} is {qb} and qa_{kind} is {qa}; q_b must be >= q_a")
+    return found
 
 
 def affine_of(

@@ -66,7 +66,7 @@ def sized_map(detector: EfficientAD, raw: RawMaps, size: tuple[int, int]) -> np.
 
 @torch.no_grad()
 def image_score(detector: EfficientAD, raw: RawMaps) -> float:
-    """The image score: the maximum at the size that the detector's `score_size` names."""
+    """The image score, of the map at the size that the detector's `score_size` names."""
     size = detector.image_size if detector.score_size == "input" else raw.source_size
     return detector.anomaly_map(raw.map_st, raw.map_ae, size)[1].item()
 

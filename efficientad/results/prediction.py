@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from efficientad.model.detector import check_threshold
+from efficientad.model.image_score import check_threshold
 from efficientad.results.overlay import overlay
 from efficientad.results.regions import AnomalousRegion, anomalous_regions
 

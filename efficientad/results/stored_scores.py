@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from efficientad.model.detector import check_threshold
+from efficientad.model.image_score import check_threshold
 from efficientad.results.output_folder import write_tables
 from efficientad.results.prediction import is_anomalous
 from efficientad.results.report_page import KINDS

@@ -22,6 +22,7 @@ from efficientad.data.remarks import ValueRangeWarning, range_notes
 from efficientad.evaluation.evaluation import evaluate as measure
 from efficientad.model.calibration import FALSE_POSITIVE_RATE, Measure, Progress, calibrate
 from efficientad.model.detector import EfficientAD
+from efficientad.model.image_score import ScoreRule
 from efficientad.model.networks import PDN
 from efficientad.model.region import RegionLike, digest
 from efficientad.model.region import facts as region_facts
@@ -81,6 +82,7 @@ def fit(
     deterministic: bool = False,
     value_range: tuple[float, float] | None = None,
     region: RegionLike | None = None,
+    score: ScoreRule = "max",
     progress: Progress | None = None,
     on_history: Callable[[dict[str, Any]], None] | None = None,
 ) -> EfficientAD:
@@ -96,8 +98,7 @@ def fit(
         steps, batch_size, learning_rate, weight_decay, hard_quantile: None: the schedule's
             (`training/schedules.py`). hard_quantile 0 takes the mean over all elements.
         teacher: a name of `teachers.SHIPPED` or what `load_teacher` takes. out: file, or None.
-        penalty: folder of photos of anything for the pretraining penalty (ImageNet in the paper);
-            without it that term is missing, as a warning and the provenance say.
+        penalty: folder of photos of anything for the pretraining penalty, missing without it.
         warm_start: the student's inner layers start as the teacher's, where both have the same
             shape, and only its last layers from random numbers (docs/training.md); not the paper's.
         false_positive_rate: see `calibrate`. device: "auto", "cpu", "cuda:0" ....
@@ -110,8 +111,8 @@ def fit(
             On a CPU with the same number of threads the result is the same bit for bit.
         force: replace a checkpoint that is there. deterministic: the same bits on a GPU, slower.
         evaluate_every, log_every: steps between tests (0: none) and between entries of the history.
-        value_range: (low, high) of samples above 8 bits (`data/samples.py`). region: what is
-            inspected and learned of a frame, a file (`data/region_files.py`) or bool (H, W).
+        value_range: (low, high) of samples above 8 bits (`data/samples.py`). score: "max", or k for
+            the mean of the k largest cells. region: what is inspected, a file or bool (H, W).
         progress: called with (what, done, total). on_history: with every entry of the history.
 
     Returns:
@@ -140,8 +141,8 @@ def fit(
         size=size, padding=padding, image_size=image_size, teacher=teacher, penalty=penalty,
         warm_start=warm_start, false_positive_rate=false_positive_rate, workers=workers,
         checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, value_range=value_range,
-        threads=threads, deterministic=deterministic, region=region, progress=progress,
-        on_history=on_history,
+        threads=threads, deterministic=deterministic, region=region, score=score,
+        progress=progress, on_history=on_history,
     ))  # fmt: skip
     parts = _prepare(task, dataset)
     with computing_threads(_threads(task, parts)):
@@ -173,6 +174,7 @@ def _prepare(task: Task, dataset: DataSet) -> _Parts:
     detector = new_detector(task.size, task.padding, task.image_size, seed, task.teacher)
     detector.value_range = task.value_range
     detector.set_region(task.region)
+    detector.score = task.score
     paths = [sample.path for sample in dataset.train]
     for note in range_notes(paths, task.value_range):
         warnings.warn(note, ValueRangeWarning, stacklevel=3)

@@ -14,6 +14,7 @@ from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
 from efficientad.data.region_files import check_frames
 from efficientad.model.calibration import Progress
+from efficientad.model.image_score import ScoreRule
 from efficientad.model.networks import PDN
 from efficientad.model.region import RegionLike, as_mask
 from efficientad.training.settings import Settings, check_data, check_files
@@ -50,6 +51,7 @@ class Task:
     deterministic: bool
     value_range: tuple[float, float] | None
     region: RegionLike | None
+    score: ScoreRule
     progress: Progress | None
     on_history: Callable[[dict[str, Any]], None] | None
 

@@ -239,6 +239,22 @@ def test_round_trip_of_a_region(tmp_path):
     assert load(tmp_path / "x", verify=False).region is None
 
 
+def test_round_trip_of_a_score(tmp_path, monkeypatch):
+    detector = make_detector(1)
+    save(detector, tmp_path / "max")
+    assert "score" not in json.loads(header(tmp_path / "max")["config"])
+    detector.score, detector.threshold = 10, 0.25
+    save(detector, tmp_path / "x")
+    loaded = load(tmp_path / "x")
+    assert (loaded.score, loaded.threshold) == (10, 0.25)
+    assert header(tmp_path / "x")["format_version"] == "4"  # older packages refuse it
+    scores = [json.loads(header(tmp_path / name)["golden"])["score"] for name in ("max", "x")]
+    assert scores[1] < scores[0]
+    monkeypatch.setattr(native_file, "FORMAT_VERSION", 3)
+    with pytest.raises(CheckpointError, match=r"format version '4'.*upgrade efficientad"):
+        load(tmp_path / "x")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -281,7 +297,7 @@ def test_a_header_length_that_looks_like_a_pickle(saved, tmp_path, length):
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [
-        ({"format_version": "4"}, "format version '4'.*upgrade efficientad"),
+        ({"format_version": "5"}, "format version '5'.*upgrade efficientad"),
         ({"format_version": "0"}, "format version '0'"),
         ({"format_version": "x"}, "format version 'x'"),
         ({"config": None}, "KeyError"),
@@ -308,6 +324,12 @@ def test_bad_header_entries(saved, tmp_path, metadata, match):
         ("border", "none"),
         ("map_padding", -1),
         ("score_size", 3),
+        ("score", 0),
+        ("score", "mean"),
+        ("score", True),
+        ("score", [10]),
+        ("score", 10.5),
+        ("score", 10**6),
         ("threshold", float("nan")),
         ("threshold", "high"),
         ("has_statistics", 1),

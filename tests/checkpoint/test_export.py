@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import helpers
@@ -266,6 +267,31 @@ def test_onnx_applies_the_region(tmp_path):
     inside[64:128, 40:240] = True
     assert len(np.unique(anomaly_map[0][~inside])) == 1
     assert score[0] == anomaly_map[0][inside].max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "aoti"])
+def test_an_exported_file_takes_the_mean_of_the_largest_cells(format, tmp_path):
+    """In a region, at another size than the detector's, for every batch size."""
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    elif shutil.which("g++") is None:
+        pytest.skip("no g++, with which AOTInductor compiles")
+    model = helpers.detector()
+    region = torch.zeros(256, 256, dtype=torch.bool)
+    region[64:128, 32:192] = True
+    model.set_region(region, keep_calibration=True)
+    model.score = 10
+    path = tmp_path / f"a{exporting.FORMATS[format]}"
+    with pytest.warns(UserWarning, match="image_size is 256x320"):
+        check(export(model, path, format, image_size=(256, 320)), format)
+    inside = torch.zeros(256, 320, dtype=torch.bool)
+    inside[64:128, 40:240] = True
+    score, anomaly_map = exporting._RUNNERS[format](path)(helpers.images(2, 256, 320, seed=7))
+    expected = anomaly_map[:, inside].sort(1).values[:, -160:].mean(1)
+    torch.testing.assert_close(score, expected, rtol=1e-5, atol=0)
+    assert exporting.metadata(model, (256, 320))["score"] == "mean of the 10 largest cells"
 
 
 @pytest.mark.slow

@@ -37,7 +37,15 @@ def said(detector: EfficientAD) -> str:
     sums = [(name, float(value.double().nan_to_num(7).sum())) for name, value in tensors]
     facts = [
         getattr(detector, name)
-        for name in ("size", "padding", "image_size", "border", "map_padding", "score_size")
+        for name in (
+            "size",
+            "padding",
+            "image_size",
+            "border",
+            "map_padding",
+            "score",
+            "score_size",
+        )
     ]
     source = detector.provenance.get("source")
     region = None if detector.region is None else int(detector.region.sum())

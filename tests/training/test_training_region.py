@@ -96,10 +96,12 @@ def test_the_short_schedules_loss_is_that_of_the_region(folder):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_fit_keeps_the_region_and_a_state_belongs_to_it(folder, tmp_path):
-    options = {"steps": 2, "schedule": "paper", "device": "cpu", "dtype": "float32"}
+    options = {"steps": 2, "schedule": "paper", "device": "cpu", "dtype": "float32", "score": 10}
     state = tmp_path / "state"
     detector = fit(folder / "good", region=MASK, checkpoint=state, **options)
     assert torch.equal(detector.region, torch.from_numpy(MASK))
+    assert detector.score == 10
+    assert detector.threshold == max(detector.provenance["calibration"]["scores"])
     share = float(MASK.mean())
     for made_from in ("training", "calibration"):
         assert detector.provenance[made_from]["inspected"] == pytest.approx(share, abs=1e-6)

@@ -1,0 +1,78 @@
+"""--score: kept at training and calibration, shown by info, refused where it errs."""
+
+from __future__ import annotations
+
+import helpers
+import numpy as np
+import pytest
+from PIL import Image
+
+import efficientad as ead
+from efficientad.calibration import calibrating
+from efficientad.cli.main import main
+from efficientad.model.precision import Precision
+from efficientad.training import fitting
+
+
+def run(*words) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("score")
+    (root / "good").mkdir()
+    for i, pixels in enumerate(helpers.frames(3, 300, 400, seed=5)):
+        Image.fromarray(pixels).save(root / "good" / f"{i}.png")
+    detector = helpers.detector()
+    detector.threshold = 0.05
+    ead.save(detector, root / "part.safetensors")
+    return root
+
+
+def test_calibrate_changes_the_score_or_keeps_it(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        calibrating, "measure_precision", lambda *_, **__: Precision(2, 1.0, None, {}, "cpu")
+    )
+    pictures = [folder / "good" / "0.png", folder / "good" / "1.png"]
+    source, found = folder / "part.safetensors", []
+    for name, words in (("mean", ["--score", 10]), ("kept", []), ("back", ["--score", "max"])):
+        out = tmp_path / f"{name}.safetensors"
+        assert run("calibrate", source, *pictures, "--out", out, *words) == 0
+        found.append(ead.load(out, verify=False))
+        source = out
+    mean, kept, back = found
+    assert [mean.score, kept.score, back.score] == [10, 10, "max"]
+    assert mean.threshold == kept.threshold == max(mean.provenance["calibration"]["scores"])
+    assert mean.threshold < back.threshold
+    assert np.array_equal(mean.quantiles, back.quantiles)
+    for result in ead.predict(mean, pictures[:1]):
+        assert result.score < result.anomaly_map.max()
+        assert result.score in mean.provenance["calibration"]["scores"]
+    capsys.readouterr()
+    assert run("info", tmp_path / "mean.safetensors") == 0
+    assert "mean of the 10 largest cells, at input size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["calibrate", "train"])
+@pytest.mark.parametrize("value", ["0", "4000", "-3", "1.5", "mean"])
+def test_what_is_no_score_is_refused(folder, tmp_path, command, value, capsys):
+    out = tmp_path / "x.safetensors"
+    model = [folder / "part.safetensors"] if command == "calibrate" else []
+    words = [*model, folder / "good", "--out", out, f"--score={value}"]
+    assert run(command, *words) == 2
+    assert "it must be 'max' or a number of cells, 1 to 3136" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("words", "score"), [([], "max"), (["--score", 10], 10)])
+def test_train_hands_the_score_over(folder, tmp_path, monkeypatch, words, score):
+    seen = {}
+
+    def fit(dataset, **options):
+        seen.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(fitting, "fit", fit)
+    assert run("train", folder / "good", "--out", tmp_path / "x.safetensors", *words) == 2
+    assert seen["score"] == score
