@@ -3,8 +3,8 @@
     python -m bench.report.accuracy            # makes the table between the markers and the picture
     python -m bench.report.accuracy --check    # exit 1 if the page says anything else
 
-Made from bench/results/accuracy.json: its yardsticks, and its detectors with the paper's maps, by
-schedule. Several seeds of a schedule are their median and their range.
+Made from bench/results/accuracy.json: its yardsticks, and its detectors with the paper's maps and
+score, by schedule. Several seeds of a schedule are their median and their range.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def kind_of(row: Row) -> str | None:
     if row["kind"] == "yardstick":
         return KINDS[0]
     whole = row["kind"] == "efficientad" and row.get("normalization") == "quantiles"
+    whole = whole and row.get("score", "max") == "max"
     return row.get("schedule") if whole and row.get("schedule") in KINDS else None
 
 

@@ -8,15 +8,16 @@ One run is one training (`efficientad.fit`) with its curve and its accuracy. In 
 schedule, without --photos the pretraining penalty is left out, with --hard-quantile 0 the hard
 feature loss: two of the paper's ablations (Tables 4 and 5). The third, the normalisation of the
 maps, needs no training: every detector is measured with quantiles, with mean and standard deviation
-of the same validation maps in their place (Table 5), with the maps as they are, and with either map
-alone. A row for each
-goes to bench/results/accuracy.json, the curve to bench/results/training_<name>.json. An interrupted
-run continues when it is started again.
+of the same validation maps in their place (Table 5), with the maps as they are, with either map
+alone, and with the mean of the 10 largest cells as the score. A row for each goes to
+bench/results/accuracy.json, the curve to bench/results/training_<name>.json. An interrupted run
+continues when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import time
@@ -31,6 +32,7 @@ from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics
 from efficientad.model.detector import EfficientAD
+from efficientad.model.image_score import ScoreRule, described
 from efficientad.results.plain_path import RawMaps, distance_maps, image_score, sized_map
 from efficientad.training.fitting import fit
 from efficientad.utils.devices import choose_device
@@ -40,6 +42,7 @@ TABLE = record.RESULTS / "accuracy.json"
 PRO_LIMIT = 0.3
 Areas = dict[str, float | None]  # the three figures of a row; None: undefined for these images
 NORMALIZATIONS = ("quantiles", "gaussian", "none", "student-teacher alone", "autoencoder alone")
+CELLS = 10  # of the row "score: mean of the 10 largest cells"
 _AWAY = 1e6  # q_b - q_a at which a map no longer counts beside the other
 
 
@@ -72,6 +75,16 @@ def areas(labels: list[int], scores: list[float], pixels: PixelMetrics | None) -
     }
 
 
+def image_auroc(
+    detector: EfficientAD, dataset: DataSet, raws: Iterable[RawMaps], score: ScoreRule
+) -> float | None:
+    """Image AU-ROC of raw test maps where the score is another; the detector stays as it is."""
+    other = copy.deepcopy(detector)
+    other.score = score
+    found = [(dataset.test[raw.index].label, image_score(other, raw)) for raw in raws]
+    return image_metrics(*zip(*found, strict=True)).au_roc
+
+
 def normalization(name: str, detector: EfficientAD, validation: list[RawMaps]) -> list[float]:
     """What stands for (q_a, q_b) of both maps: M -> 0.1 (M - q_a) / (q_b - q_a), section 3.3.
 
@@ -96,7 +109,7 @@ def normalization(name: str, detector: EfficientAD, validation: list[RawMaps]) -
 
 
 def measure(detector: EfficientAD, dataset: DataSet) -> dict[str, Areas]:
-    """Figures on the test images per normalisation; the networks run once."""
+    """Figures on the test images per normalisation and by score; the networks run once."""
     raws = list(distance_maps(detector, [sample.path for sample in dataset.test]))
     held_out = list(distance_maps(detector, [sample.path for sample in dataset.validation]))
     own = detector.quantiles.tolist()
@@ -106,6 +119,8 @@ def measure(detector: EfficientAD, dataset: DataSet) -> dict[str, Areas]:
         detector.set_quantiles(*quantiles)
         found[name] = figures(detector, dataset, raws)
     detector.set_quantiles(*own)
+    other = image_auroc(detector, dataset, raws, CELLS)  # pixels' figures do not depend on it
+    found[f"score: {described(CELLS)}"] = {**found["quantiles"], "image_auroc": other}
     return found
 
 
@@ -186,10 +201,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         record.write(record.RESULTS / f"training_{options.name}.json", about, curve.entries)
     rows = []
     for name, found in measure(detector, dataset).items():
+        of_score = name.startswith("score: ")
+        part = f", {name}" if of_score else f", maps: {name}"
         rows.append(
             row_of(
                 "efficientad",
-                options.name if name == "quantiles" else f"{options.name}, maps: {name}",
+                options.name if name == "quantiles" else f"{options.name}{part}",
                 facts,
                 dataset=dataset.name,
                 size=options.size,
@@ -199,7 +216,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 **curve.seconds(),
                 **found,
                 quantiles=detector.quantiles.tolist(),
-                normalization=name,
+                normalization="quantiles" if of_score else name,
+                score=CELLS if of_score else detector.score,
                 hard_quantile=training.get("hard_quantile"),
                 warm_start=training.get("warm_start"),
                 penalty=training.get("pretraining_penalty"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
+from functools import partial
 
 import helpers_training
 import numpy as np
@@ -13,10 +15,10 @@ from PIL import Image
 
 from bench import record
 from bench.report import training_curves
-from bench.training import accuracy, nearest_neighbour
+from bench.training import accuracy, nearest_neighbour, scores
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation import evaluation
-from efficientad.results.plain_path import RawMaps
+from efficientad.results.plain_path import RawMaps, distance_maps
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,9 @@ def test_a_run_continues_and_agrees_with_the_evaluation(dataset, tmp_path, monke
     rows = accuracy.run(accuracy.parser().parse_args(words))
     again = accuracy.run(accuracy.parser().parse_args(words))
     others = [f"dots, maps: {name}" for name in accuracy.NORMALIZATIONS[1:]]
+    others.append("dots, score: mean of the 10 largest cells")
     assert [row["name"] for row in rows] == ["dots", *others]
+    assert [row["score"] for row in rows] == ["max"] * len(accuracy.NORMALIZATIONS) + [10]
     assert json.loads(table.read_text()) == again
     assert [r["image_auroc"] for r in again] == [r["image_auroc"] for r in rows]
 
@@ -130,12 +134,39 @@ def test_measuring_leaves_the_detector_as_it_was(dataset):
     detector.set_quantiles(0, 1, 0, 1)
     metrics = evaluation.evaluate(detector, dataset).metrics
     assert found["none"]["image_auroc"] == metrics["image AU-ROC"]
+    assert (detector.score, detector.threshold) == ("max", None)
     assert found["none"]["pixel_auroc"] == pytest.approx(metrics["pixel AU-ROC"], abs=1e-12)
     assert found["none"] != found["quantiles"]
     detector.set_quantiles(0, 1e6, 0.1, 0.4)
     metrics = evaluation.evaluate(detector, dataset).metrics
     assert found["autoencoder alone"]["image_auroc"] == metrics["image AU-ROC"]
     assert found["autoencoder alone"] != found["none"]
+
+
+def test_scores_of_a_trained_detector(dataset, tmp_path, monkeypatch):
+    """A row for each, of the same maps; the row of a score is that of a detector that keeps it."""
+    detector = helpers_training.thin_detector()
+    detector.set_statistics(torch.zeros(384), torch.ones(384))
+    detector.set_quantiles(0.2, 0.5, 0.1, 0.4)
+    detector.provenance = {"training": {"teacher": "one", "schedule": "instant"}}
+
+    def predictor(found, **_):
+        maps = partial(distance_maps, found)
+        return types.SimpleNamespace(distance_maps=maps, device="cpu", facts={"backend": "plain"})
+
+    monkeypatch.setattr(scores, "load", lambda path: detector)
+    monkeypatch.setattr(scores, "FastPredictor", predictor)
+    table = tmp_path / "table.json"
+    words = ["part.safetensors", str(dataset.root), "--name", "dots", "--json", str(table)]
+    rows = scores.run(scores.parser().parse_args([*words, "--scores", "max", "10", "2000"]))
+    assert json.loads(table.read_text()) == rows
+    assert [row["score"] for row in rows] == ["max", 10, 2000]
+    assert rows[1]["name"] == "dots, score: mean of the 10 largest cells"
+    for row in rows:
+        detector.score = row["score"]
+        metrics = evaluation.evaluate(detector, dataset).metrics
+        assert row["image_auroc"] == metrics["image AU-ROC"]
+    assert rows[0]["image_auroc"] != rows[2]["image_auroc"]
 
 
 def test_without_masks_there_are_no_figures_of_the_pixels(dataset):
