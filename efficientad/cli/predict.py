@@ -71,6 +71,7 @@ def run_predict(options: argparse.Namespace) -> int:
     from efficientad.data.decoding import ImageError, read_image
     from efficientad.data.image_files import left_out
     from efficientad.data.remarks import picture_notes
+    from efficientad.model.image_score import score_notes
     from efficientad.results.output_folder import ResultFolder, output_names
     from efficientad.utils.files import plain_text
 
@@ -87,7 +88,8 @@ def run_predict(options: argparse.Namespace) -> int:
         )
     unread = [*left_out(options.images), *picture_notes(paths, detector.value_range)]
     print_notes(unread)
-    notes = [*_notes(options, detector), *_look_at_region(options, detector, paths), *unread]
+    notes = [*_notes(options, detector), *score_notes(detector.score)]
+    notes += [*_look_at_region(options, detector, paths), *unread]
     run = _prepare(detector, options)  # the detector may lie on a GPU now
     folder = ResultFolder(
         options.out,

@@ -21,6 +21,7 @@ from efficientad.evaluation.intervals import au_roc_interval
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD, check_detector
+from efficientad.model.image_score import score_notes
 from efficientad.model.region import share
 from efficientad.results.output_folder import ResultFolder, unique_names
 from efficientad.results.plain_path import (
@@ -128,6 +129,7 @@ def evaluate(
     if not detector.calibrated:
         detector.raise_uncalibrated()
     result = Evaluation(dataset.name, {}, notes=[*dataset.notes, *_missing_masks(dataset)])
+    result.notes += score_notes(detector.score)
     if detector.region is not None:
         result.notes.append(
             f"Inspected is {100 * share(detector.region):.1f} % of the frame, outlined in blue; a "

@@ -46,6 +46,11 @@ def described(score: ScoreRule) -> str:
     return "mean of the largest cell" if score == 1 else f"mean of the {score} largest cells"
 
 
+def score_notes(score: ScoreRule) -> list[str]:
+    """What a report says of it: nothing of the maximum."""
+    return [] if score == "max" else [f"The score of an image is the {described(score)}."]
+
+
 def pixels_of(score: ScoreRule, size: Size, cells: Size, padding: int) -> int | None:
     """How many pixels of a map of `size` the score is the mean of; None for the maximum.
 
