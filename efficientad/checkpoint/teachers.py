@@ -26,7 +26,6 @@ DEFAULT_LICENSE = (
     "follows from the photos and the backbone it was distilled from; not that of the package"
 )
 
-
 # Teachers that come with the package, all PDN-S; the first one is the default.
 SHIPPED = {
     "research": "teacher_small.safetensors",
@@ -40,10 +39,10 @@ def named_teacher(teacher: Any) -> Any:
     A file of one's own with such a name is asked for with its folder, "./commercial".
     """
     named = isinstance(teacher, (str, Path)) and str(teacher) in SHIPPED
-    return default_teacher_path(str(teacher)) if named else teacher
+    return shipped_teacher(str(teacher)) if named else teacher
 
 
-def default_teacher_path(name: str = "research") -> Path:
+def shipped_teacher(name: str = "research") -> Path:
     """Where a PDN-S teacher of `SHIPPED` is installed; FileNotFoundError where it is not."""
     path = Path(__file__).parents[1] / SHIPPED[name]
     if not path.is_file():
@@ -56,12 +55,12 @@ def default_teacher_path(name: str = "research") -> Path:
 
 def default_teacher() -> PDN:
     """The default teacher: PDN-S, unpadded, frozen, float32, on the CPU. Errors as its path."""
-    return load_teacher(default_teacher_path(), "S")
+    return load_teacher(shipped_teacher(), "S")
 
 
 def default_teacher_facts() -> dict[str, Any]:
     """What the default teacher's header says: recipe, data, held-out loss, licence."""
-    return teacher_facts(default_teacher_path())
+    return teacher_facts(shipped_teacher())
 
 
 def teacher_facts(path: str | os.PathLike) -> dict[str, Any]:
@@ -86,20 +85,26 @@ def teacher_facts(path: str | os.PathLike) -> dict[str, Any]:
 def teacher_license(teacher: PDN | str | os.PathLike | None) -> str | None:
     """The licence of a teacher as `fit` takes it (None: the default one); None where none is known.
 
-    That of a file is in its header. Weights in memory are known if they are the default teacher's.
+    That of a file is in its header. Weights in memory are known if they are a shipped teacher's.
     """
     teacher = named_teacher(teacher)
     try:
         if isinstance(teacher, PDN):
-            own, default = teacher.state_dict(), default_teacher().state_dict()
-            if teacher.size != "S" or any(
-                not torch.equal(own[name].float().cpu(), default[name]) for name in default
-            ):
-                return None
-            teacher = None
-        return teacher_facts(default_teacher_path() if teacher is None else teacher).get("license")
+            found = next(
+                (file for file in map(shipped_teacher, SHIPPED) if _holds(file, teacher)), None
+            )
+            return None if found is None else teacher_facts(found).get("license")
+        return teacher_facts(shipped_teacher() if teacher is None else teacher).get("license")
     except (ValueError, OSError):  # no such file, or another project's
         return None
+
+
+def _holds(file: Path, teacher: PDN) -> bool:
+    """Whether a shipped file holds a teacher's weights."""
+    if teacher.size != "S":
+        return False
+    own, shipped = teacher.state_dict(), load_teacher(file, "S").state_dict()
+    return all(torch.equal(own[name].float().cpu(), shipped[name]) for name in shipped)
 
 
 def save_teacher(

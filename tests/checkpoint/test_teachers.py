@@ -17,8 +17,8 @@ from efficientad.checkpoint.loading import load_teacher
 from efficientad.checkpoint.teachers import (
     default_teacher,
     default_teacher_facts,
-    default_teacher_path,
     named_teacher,
+    shipped_teacher,
     teacher_facts,
     teacher_license,
 )
@@ -75,7 +75,7 @@ def test_a_missing_default_teacher_names_the_command(tmp_path, monkeypatch):
 
 def test_the_default_teacher():
     try:
-        path = default_teacher_path()
+        path = shipped_teacher()
     except FileNotFoundError:
         pytest.skip("no default teacher in this checkout")
     facts = default_teacher_facts()
@@ -98,11 +98,12 @@ def test_the_commercial_teachers_sources_may_all_be_used_so():
     free = re.compile(r"CC0|public[ -]domain|no known copyright restrictions", re.IGNORECASE)
     assert all(free.match(photo["licence"]) for photo in photos)
     assert teacher_license("commercial") == facts["license"]
+    assert teacher_license(load_teacher(named_teacher("commercial"), "S")) == facts["license"]
 
 
 def test_teachers_that_ship_are_found_by_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert named_teacher("research") == named_teacher(Path("research")) == default_teacher_path()
+    assert named_teacher("research") == named_teacher(Path("research")) == shipped_teacher()
     assert named_teacher("commercial").name == "teacher_small_commercial.safetensors"
     for other in (None, "./commercial", tmp_path / "commercial", "teacher.pth"):
         assert named_teacher(other) is other

@@ -7,6 +7,8 @@ import math
 import pytest
 from scipy import stats
 
+pytest.importorskip("fastapi", reason="the service needs the extra efficientad[serve]")
+
 from efficientad.service import queries
 from efficientad.service.store import Record, Store
 
