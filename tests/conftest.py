@@ -32,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Threads of processes that share the cores would wait for each other; torch reads this once.
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // worker["workercount"])))
     # Triton reads this once, at import; interpreted and compiled kernels do not mix in a process.
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
