@@ -90,10 +90,11 @@ def run_distill(options: argparse.Namespace) -> int:
     """
     from efficientad.checkpoint.teachers import DEFAULT_LICENSE
     from efficientad.data.image_files import find_images, left_out
-    from efficientad.distillation.backbones import check_backbone, file_digest, load_backbone
+    from efficientad.distillation.backbones import check_backbone, load_backbone
     from efficientad.distillation.distiller import Distillation
     from efficientad.distillation.recipe import Recipe
     from efficientad.utils.devices import choose_device, choose_dtype
+    from efficientad.utils.files import path_digest
     from efficientad.utils.interrupts import held_back
 
     state = options.state or options.out.with_suffix(".state")
@@ -122,7 +123,7 @@ def run_distill(options: argparse.Namespace) -> int:
             backbone_facts={
                 "name": options.backbone.name,
                 "kind": type(backbone).__name__,
-                "sha256": file_digest(options.backbone),
+                "sha256": path_digest(options.backbone),
             },
             state=state,
             resume=options.resume,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from efficientad.fast.predictor import FastPredictor
     from efficientad.model.detector import EfficientAD
     from efficientad.results.prediction import Prediction
+    from efficientad.results.progress import Entry
 
 OnError = Callable[[int, Any, Any], None]
 Run = Callable[[list[Path], OnError], "Iterator[Prediction]"]
@@ -47,6 +48,12 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--threshold", type=float, help="use this instead of the detector's own")
     command.add_argument("--no-maps", action="store_true", help="write no .tiff maps")
     command.add_argument("--no-overlays", action="store_true", help="write no overlay PNGs")
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="score only what an earlier run into the output folder has not scored, or what has "
+        "changed since",
+    )
     command.add_argument("--fail-on-anomaly", action="store_true", help="exit with 3 on an anomaly")
     command.add_argument(
         "--tiles",
@@ -91,21 +98,27 @@ def run_predict(options: argparse.Namespace) -> int:
     notes = [*_notes(options, detector), *score_notes(detector.score)]
     notes += [*_look_at_region(options, detector, paths), *unread]
     run = _prepare(detector, options)  # the detector may lie on a GPU now
+    names = dict(enumerate(output_names(paths)))
+    settings = _settings(options, detector)
+    kept = _kept(options.out, settings, paths, names) if options.resume else {}
+    todo = [index for index in names if index not in kept]
     folder = ResultFolder(
         options.out,
         detector.threshold,
         overlays=None if options.no_overlays else options.out / "overlays",
         maps=None if options.no_maps else options.out / "maps",
         min_area=options.min_area,
+        settings=settings,
+        kept=list(kept.values()),
     )
-    names = output_names(paths)
     complete = False
     try:
         with progress_bars() as progress:
-            for prediction in run(
-                paths, lambda index, source, error: folder.fail(source, error.reason)
-            ):
-                path = paths[prediction.index]
+            left = [paths[index] for index in todo]
+            predictions = run(left, lambda _, source, error: folder.fail(source, error.reason))
+            for prediction in predictions if left else ():
+                index = todo[prediction.index]
+                path = paths[index]
                 try:
                     image = (
                         prediction.image
@@ -115,12 +128,14 @@ def run_predict(options: argparse.Namespace) -> int:
                 except (ImageError, OSError) as error:
                     folder.fail(path, f"scored, but not readable again: {error}")
                     continue
-                folder.add(prediction, path, names[prediction.index], image=image)
-                progress("images", prediction.index + 1, len(paths))
+                folder.add(prediction, path, names[index], image=image)
+                progress("images", len(kept) + prediction.index + 1, len(paths))
         complete = True
     finally:  # also when it is interrupted: hours of scores
         if not complete:
             notes.append(f"The run stopped early: {len(folder.rows)} of {len(paths)} were scored.")
+        places = {plain_text(path): index for index, path in enumerate(paths)}
+        folder.rows.sort(key=lambda row: places[row["path"]])  # the kept ones came first
         report = folder.close(f"Predictions of {Path(options.model).name}", notes=notes)
         anomalies = sum(bool(row["is_anomalous"]) for row in folder.rows)
         print(f"{len(folder.rows)} images, {anomalies} anomalous, {len(folder.failed)} failed")
@@ -169,6 +184,46 @@ def _inputs(options: argparse.Namespace) -> list[Path]:
         )
     if len(kept) < found:
         print(f"left out: {found - len(kept)} pictures in the output folder {options.out}")
+    return kept
+
+
+def _settings(options: argparse.Namespace, detector: EfficientAD) -> dict[str, Any]:
+    """What the run's results depend on, for `--resume`."""
+    from efficientad.model.region import digest
+    from efficientad.utils.files import path_digest
+
+    return {
+        "model": path_digest(options.model),
+        "threshold": detector.threshold,
+        "region": digest(detector.region),
+        "path": "reference" if options.reference else "fast",
+        "device": str(options.device),
+        "dtype": str(options.dtype),
+        "tiles": options.tiles,
+        "min_area": options.min_area,
+        "overlays": not options.no_overlays,
+        "maps": not options.no_maps,
+    }
+
+
+def _kept(
+    out: Path, settings: dict[str, Any], paths: list[Path], names: dict[int, Path]
+) -> dict[int, Entry]:
+    """Index of an input -> what the run before wrote of it and is still right."""
+    from efficientad.results.progress import different, read_progress, still_valid
+
+    earlier = read_progress(out)
+    if earlier.settings is None:
+        print(f"nothing to go on from in {out}: all images are scored")
+        return {}
+    if earlier.settings != settings:
+        others = ", ".join(different(earlier.settings, settings))
+        raise UsageError(
+            f"--resume goes on with a run of the same settings, and the one in {out} had {others}; "
+            "leave out --resume to score all anew"
+        )
+    kept = still_valid(out, earlier.entries, paths, names)
+    print(f"resumed: {len(kept)} of {len(paths)} images are scored already")
     return kept
 
 

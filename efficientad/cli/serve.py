@@ -94,9 +94,9 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
 def run_serve(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     require_extra()
-    from efficientad.service.core import digest_of
     from efficientad.service.limits import Limits
     from efficientad.service.server import Settings, run
+    from efficientad.utils.files import path_digest
 
     limits = Limits(
         body_mb=options.max_body_mb,
@@ -127,7 +127,7 @@ def run_serve(options: argparse.Namespace) -> int:
         require_calibration(detector)
         if detector.threshold is None:
             print(f"{name} has no threshold: its pictures get scores and no verdicts")
-        predictors[name] = digest_of(path), build_predictor(detector, options)
+        predictors[name] = path_digest(path), build_predictor(detector, options)
     run(predictors, settings)
     return EXIT_OK
 

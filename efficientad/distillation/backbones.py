@@ -6,7 +6,6 @@ grid of a padded PDN at 256x256 (paper, Algorithm 3 and its Psi).
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,15 +138,6 @@ def load_backbone(path: str | os.PathLike) -> nn.Module:
         raise ValueError(f"{path} is no known backbone; expected {_KNOWN}")
     _fill(network, weights, path)
     return backbone.requires_grad_(False).eval()
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_backbone(backbone: nn.Module, device: torch.device | str = "cpu") -> None:

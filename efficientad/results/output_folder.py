@@ -17,12 +17,13 @@ from torch import Tensor
 
 from efficientad.results.overlay import overlay_strips
 from efficientad.results.prediction import Prediction
+from efficientad.results.progress import PROGRESS, Entry, Progress, read_progress, source_stat
 from efficientad.results.report import ReportItem, thumbnail, write_report
 from efficientad.utils.checks import check_number
 from efficientad.utils.files import plain_text, replace_file, write_text
 
 COLUMNS = ("path", "score", "is_anomalous", "defect", "label")
-TABLES = ("scores.csv", "scores.json", "report.html")
+TABLES = ("scores.csv", "scores.json", "report.html", PROGRESS)
 _PICTURES = (".png", ".tiff")
 
 
@@ -90,15 +91,19 @@ def unique_names(names: Sequence[Path]) -> list[Path]:
 
 
 def earlier_files(root: Path) -> list[Path]:
-    """Overlays and maps of an earlier run into `root` that are still there, by its scores.json."""
+    """Overlays and maps of an earlier run into `root` that are still there.
+
+    By its scores.json, and by the progress of one that was killed before it wrote that.
+    """
+    names = [Path(name) for name in read_progress(root).files]
     try:
         document = json.loads((root / "scores.json").read_text(encoding="utf-8"))
-        names = [Path(name) for name in document["files"]]
+        names += [Path(name) for name in document["files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
+        pass
     ours = [
         name
-        for name in names
+        for name in dict.fromkeys(names)
         if name.parts[:1] in (("overlays",), ("maps",))
         and ".." not in name.parts
         and name.suffix in _PICTURES
@@ -111,7 +116,7 @@ class ResultFolder:
     """Writes what a run shows: overlays, maps, `scores.csv`, `scores.json` and `report.html`.
 
     Overlays and maps that an earlier run wrote into the same folder are removed first, those that
-    its `scores.json` lists and no other file.
+    its `scores.json` or its progress lists and no other file.
 
     Args:
         root: the output folder; it is made if need be.
@@ -119,6 +124,8 @@ class ResultFolder:
         overlays, maps: folders below root's "overlays" and "maps" for the pictures and the .tiff
             maps; None leaves them out.
         min_area: smaller regions of a map, in pixels of the image, are not listed.
+        settings: what the scores depend on, for JSON; with it the progress is written, too.
+        kept: images of an earlier run that hold, see `still_valid`; their pictures stay.
 
     Raises:
         ValueError: root is a file, overlays or maps hold pictures that no earlier run listed, or
@@ -130,6 +137,8 @@ class ResultFolder:
     overlays: Path | None = None
     maps: Path | None = None
     min_area: float = 0
+    settings: Mapping[str, Any] | None = None
+    kept: Sequence[Entry] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
     items: list[ReportItem] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -142,6 +151,13 @@ class ResultFolder:
             raise ValueError(f"out is {str(self.root)!r}, which is a file; it must be a folder")
         self._remove_earlier()
         self.root.mkdir(parents=True, exist_ok=True)
+        for entry in self.kept:
+            self.rows.append(entry.row)
+            self.items.append(entry.item)
+            self.files += entry.files
+        self._progress = None
+        if self.settings is not None:
+            self._progress = Progress(self.root, self.settings, self.kept)
 
     def _remove_earlier(self) -> None:
         listed = earlier_files(self.root)
@@ -154,14 +170,18 @@ class ResultFolder:
                     f"{folder} holds {len(others)} pictures that {self.root / 'scores.json'} does "
                     f"not list ({min(others).name}); move them, or name another output folder"
                 )
+        kept = {self.root / name for entry in self.kept for name in entry.files}
         for path in listed:
+            if path in kept:
+                continue
             path.unlink()
             for parent in path.parents:
                 if parent == self.root or any(parent.iterdir()):
                     break
                 parent.rmdir()
         for name in TABLES if listed else ():
-            (self.root / name).unlink(missing_ok=True)
+            if name != PROGRESS or self.settings is None:  # otherwise it is replaced, never absent
+                (self.root / name).unlink(missing_ok=True)
 
     def add(
         self,
@@ -178,48 +198,55 @@ class ResultFolder:
         image: uint8 (H, W, 3), for the pictures. Where they cannot be written the image is among
         `failed`, and its score is kept.
         """
+        written: list[str] = []
+        failed = len(self.failed)
         try:
-            if self.maps is not None:
-                path = self.maps / name.with_name(f"{name.name}.tiff")
-                write_tiff(path, prediction.anomaly_map)
-                self.files.append(path.relative_to(self.root).as_posix())
-            if self.overlays is not None:
-                path = self.overlays / name.with_name(f"{name.name}.png")
-                drawn = overlay_picture(
-                    image, prediction.anomaly_map, self.threshold, prediction.region
-                )
-                write_picture(path, drawn)
-                self.files.append(path.relative_to(self.root).as_posix())
+            for path in self._begin(name):
+                if path.suffix == ".tiff":
+                    write_tiff(path, prediction.anomaly_map)
+                else:
+                    drawn = prediction.anomaly_map, self.threshold, prediction.region
+                    write_picture(path, overlay_picture(image, *drawn))
+                written.append(path.relative_to(self.root).as_posix())
         except OSError as error:
             self.fail(source, f"scored, but not written: {error.strerror or error}")
+        self.files += written
         regions = None
         if prediction.threshold is not None:
             regions = prediction.regions(min_area=self.min_area)
-        self.rows.append(
-            {
-                "path": plain_text(source),
-                "score": prediction.score,
-                "is_anomalous": prediction.is_anomalous,
-                "defect": defect,
-                "label": label,
-                "regions": None if regions is None else [r.to_dict() for r in regions],
-            }
-        )
+        row = {
+            "path": plain_text(source),
+            "score": prediction.score,
+            "is_anomalous": prediction.is_anomalous,
+            "defect": defect,
+            "label": label,
+            "regions": None if regions is None else [r.to_dict() for r in regions],
+        }
+        self.rows.append(row)
         shown, heat = thumbnail(
             image, prediction.anomaly_map, self.threshold, region=prediction.region
         )
-        self.items.append(
-            ReportItem(
-                name=str(name),
-                score=prediction.score,
-                is_anomalous=prediction.is_anomalous,
-                label=label,
-                defect=defect,
-                image=shown,
-                heat=heat,
-                regions=regions,
-            )
+        item = ReportItem(
+            name=str(name),
+            score=prediction.score,
+            is_anomalous=prediction.is_anomalous,
+            label=label,
+            defect=defect,
+            image=shown,
+            heat=heat,
+            regions=regions,
         )
+        self.items.append(item)
+        if self._progress is not None and len(self.failed) == failed:
+            self._progress.add(Entry(str(name), row, item, written, source_stat(source)))
+
+    def _begin(self, name: Path) -> list[Path]:
+        """The pictures of an image, which are about to be written."""
+        folders = ((self.maps, ".tiff"), (self.overlays, ".png"))
+        paths = [f / name.with_name(name.name + end) for f, end in folders if f is not None]
+        if self._progress is not None:
+            self._progress.begin([path.relative_to(self.root).as_posix() for path in paths])
+        return paths
 
     def fail(self, source: Any, reason: str) -> None:
         """Remember an input that gave no result, or not all of it."""
@@ -229,6 +256,8 @@ class ResultFolder:
         self, title: str, *, metrics: dict[str, Any] | None = None, notes: Sequence[str] = ()
     ) -> Path:
         """Write the tables and the report; returns the report's path. notes: sentences."""
+        if self._progress is not None:
+            self._progress.close()
         facts: dict[str, Any] = {
             "failed": [{"path": path, "reason": reason} for path, reason in self.failed],
             "notes": [plain_text(note) for note in notes],

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,7 +39,7 @@ class Served:
     """A detector under the name by which it is served.
 
     Attributes:
-        name: in addresses. digest: of its file, see `digest_of`. predictor: computes.
+        name: in addresses. digest: of its file, see `path_digest`. predictor: computes.
         own_threshold: the detector file's. batcher: the queue in front of it.
     """
 
@@ -256,23 +253,3 @@ def answer_of(number: int, record: Record) -> dict[str, Any]:
 def as_text(seconds: float) -> str:
     """Seconds since 1970 as ISO 8601 in UTC, to the millisecond."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
-
-
-def digest_of(path: str | os.PathLike) -> str:
-    """SHA-256 of a detector's file, or of the names and contents of the files in its folder."""
-    path = Path(path)
-    digest = hashlib.sha256()
-    if path.is_file():
-        _add_file(digest, path)
-        return digest.hexdigest()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        part = hashlib.sha256(os.fsencode(file.relative_to(path)))
-        _add_file(part, file)
-        digest.update(part.digest())
-    return digest.hexdigest()
-
-
-def _add_file(digest: Any, path: Path) -> None:
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import stat
@@ -40,6 +41,25 @@ def replace_file(
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def path_digest(path: str | os.PathLike) -> str:
+    """SHA-256 in hexadecimal: of a file's bytes, or of names and bytes of the files in a folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return _file_digest(path).hexdigest()
+    whole = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        whole.update(_file_digest(file, os.fsencode(file.relative_to(path))).digest())
+    return whole.hexdigest()
+
+
+def _file_digest(path: Path, start: bytes = b"") -> hashlib._Hash:
+    digest = hashlib.sha256(start)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest
 
 
 def names_below(paths: Sequence[Path], all_paths: Sequence[Path]) -> list[str]:

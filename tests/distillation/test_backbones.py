@@ -15,7 +15,6 @@ from efficientad.distillation.backbones import (
     PatchCoreFeatures,
     ResNet18Trunk,
     check_backbone,
-    file_digest,
     load_backbone,
 )
 
@@ -126,7 +125,6 @@ def test_the_real_trunk_gives_384_channels_on_64_cells(shared_data):
         found = backbone(x)
     expected = _plain_trunk(backbone.state_dict(), x)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert len(file_digest(path)) == 64
 
 
 def test_another_grid_is_refused():

@@ -93,21 +93,28 @@ def state_file(folder: Path) -> Job:
 
 
 def prediction(folder: Path) -> Job:
-    """The command `predict`, with a thin detector, into a folder of an earlier run."""
+    """The command `predict`, with a thin detector, into a folder of an earlier run.
+
+    Killed before the tables stand, it goes on with --resume.
+    """
     pictures = training.write_pictures(folder / "pictures", PICTURES, size=(40, 50))
     detector = training.thin_detector().eval()
     calibrate_on_own_maps(detector, images(2))
     detector.threshold = 0.5
-    out, earlier = folder / "out", folder / "earlier"
+    out, earlier, model = folder / "out", folder / "earlier", folder / "detector"
+    model.write_bytes(b"a detector")
 
     def work() -> None:
         predict_command.load_detector = lambda *_: detector
         options = ["--reference", "--device", "cpu", "--workers", "1", "--batch-size", "2"]
-        code = main(["predict", "detector", str(pictures), "--out", str(out), *options])
+        options += ["--resume"] if not (out / "scores.json").exists() else []
+        code = main(["predict", str(model), str(pictures), "--out", str(out), *options])
         if code:
             raise Finding(f"predict ended with {code}")
 
     def before() -> None:
+        if out.exists() and not (out / "scores.json").exists():
+            return  # it was killed, and goes on
         shutil.rmtree(out, ignore_errors=True)
         if earlier.exists():
             shutil.copytree(earlier, out)

@@ -15,6 +15,7 @@ from PIL import Image
 import efficientad as ead
 from efficientad.cli.main import main
 from efficientad.results.output_folder import (
+    TABLES,
     ResultFolder,
     earlier_files,
     output_names,
@@ -141,7 +142,7 @@ def test_an_image_whose_pictures_cannot_be_written_fails_alone(
     assert [r["score"] for r in document["images"]] == [0.75, 0.25]  # the verdict is not lost
     assert [f["path"] for f in document["failed"]] == [str(longest)]
     assert (out / "maps" / f"{'b' * 249}.tiff").is_file()
-    assert set(document["files"]) == below(out) - {"scores.csv", "scores.json", "report.html"}
+    assert set(document["files"]) == below(out) - set(TABLES)
 
 
 def test_nan_is_null_in_json_and_keeps_its_verdict(model_file, tmp_path, scores):
@@ -196,7 +197,7 @@ def test_pictures_of_an_earlier_run_are_removed_and_no_other_file(model_file, tm
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("mine")
     assert run("predict", model_file, tmp_path / "in" / "b.png", "--out", out) == 0
-    tables = {"scores.csv", "scores.json", "report.html"}
+    tables = set(TABLES)
     assert below(out) == {*kept, *tables, "overlays/b.png", "maps/b.tiff"}
     assert not (out / "overlays" / "deep").exists()
 
