@@ -17,7 +17,7 @@ import numpy as np
 from efficientad.results.prediction import Prediction
 from efficientad.service.core import Inspection
 from efficientad.service.limits import Limits
-from efficientad.service.server import Server, app_config, create_app
+from efficientad.service.server import Server, Source, app_config, create_app
 from efficientad.service.server import bound_socket as bound
 from efficientad.service.store import Store
 
@@ -111,9 +111,10 @@ def service(
     *,
     limits: Limits | None = None,
     wait_ms: float = 0,
+    source: Source | None = None,
     **guard: Any,
 ) -> Iterator[Running]:
-    """A service of stubs, or of the predictors named; drained at the end."""
+    """A service of stubs, or of the predictors named, with a source; drained at the end."""
     store = Store(folder, durable=False)
     inspection = Inspection(store, limits, wait_ms=wait_ms)
     for name, predictor in (predictors or {"stub": StubPredictor()}).items():
@@ -122,9 +123,12 @@ def service(
     server = Server(app_config(create_app(inspection, **guard)), inspection)
 
     async def run() -> None:
+        watching = None if source is None else asyncio.create_task(source(inspection))
         try:
             await server.serve([sock])
         finally:
+            if watching is not None:
+                watching.cancel()
             await inspection.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)

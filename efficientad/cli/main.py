@@ -31,6 +31,7 @@ from efficientad.cli.predict import add_predict, run_predict
 from efficientad.cli.scores import add_drift, add_judge, run_drift, run_judge
 from efficientad.cli.serve import add_serve, run_serve
 from efficientad.cli.train import add_train, run_train
+from efficientad.cli.watch import add_watch, run_watch
 from efficientad.utils.interrupts import terminated_like_interrupted
 
 Add = Callable[[argparse._SubParsersAction], None]
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[Add, Run]] = {  # in the order of the help
     "train": (add_train, run_train),
     "predict": (add_predict, run_predict),
     "serve": (add_serve, run_serve),
+    "watch": (add_watch, run_watch),
     "evaluate": (add_evaluate, run_evaluate),
     "calibrate": (add_calibrate, run_calibrate),
     "judge": (add_judge, run_judge),

@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from efficientad.cli.common import (
     EXIT_OK,
@@ -15,6 +16,10 @@ from efficientad.cli.common import (
     load_detector,
     require_calibration,
 )
+
+if TYPE_CHECKING:
+    from efficientad.fast.predictor import FastPredictor
+    from efficientad.service.server import Settings
 
 KEY = "EFFICIENTAD_API_KEY"  # environment variable
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
@@ -31,6 +36,11 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "models", nargs="+", metavar="MODEL", help="detector file, or NAME=FILE (default: its name)"
     )
+    add_service(command)
+
+
+def add_service(command: argparse.ArgumentParser) -> None:
+    """Add the options of a service, which `settings_of` and `predictors_of` read."""
     command.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1)")
     command.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
     command.add_argument(
@@ -94,9 +104,17 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
 def run_serve(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     require_extra()
+    from efficientad.service.server import run
+
+    settings = settings_of(options)
+    run(predictors_of(options.models, options), settings)
+    return EXIT_OK
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """How the options of `add_service` let a service run. UsageError, ValueError: a wrong one."""
     from efficientad.service.limits import Limits
-    from efficientad.service.server import Settings, run
-    from efficientad.utils.files import path_digest
+    from efficientad.service.server import Settings
 
     limits = Limits(
         body_mb=options.max_body_mb,
@@ -108,7 +126,7 @@ def run_serve(options: argparse.Namespace) -> int:
     )
     if not 0 <= options.port < 65536:
         raise UsageError(f"--port is {options.port}; it must be in 0..65535")
-    settings = Settings(
+    return Settings(
         store=options.store,
         host=options.host,
         port=options.port,
@@ -121,15 +139,22 @@ def run_serve(options: argparse.Namespace) -> int:
         keep_days=options.keep_days,
         keep_gb=options.keep_gb,
     )
+
+
+def predictors_of(
+    models: list[str], options: argparse.Namespace
+) -> dict[str, tuple[str, FastPredictor]]:
+    """Name -> digest and predictor of detectors, named as on the command line."""
+    from efficientad.utils.files import path_digest
+
     predictors = {}
-    for name, path in _models(options.models).items():
+    for name, path in _models(models).items():
         detector = load_detector(path, "cpu")
         require_calibration(detector)
         if detector.threshold is None:
             print(f"{name} has no threshold: its pictures get scores and no verdicts")
         predictors[name] = path_digest(path), build_predictor(detector, options)
-    run(predictors, settings)
-    return EXIT_OK
+    return predictors
 
 
 def serve_model(model: Path, store: Path) -> int:

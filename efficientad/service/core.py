@@ -20,7 +20,7 @@ from efficientad.service.decoder import Decoder, Picture, decode
 from efficientad.service.events import Hub
 from efficientad.service.limits import Budget, Limits, Refused, Share, busy
 from efficientad.service.metrics import Metrics
-from efficientad.service.store import Record, Store
+from efficientad.service.store import Record, Store, Transaction
 from efficientad.utils.checks import ValueRange, check_number
 
 MAP_SIDE = 64  # cells of the maps that are kept, about
@@ -144,13 +144,14 @@ class Inspection:
         picture: bytes | Callable[[], Picture],
         share: Share,
         name: str | None = None,
+        also: Callable[[Transaction, int], object] | None = None,
     ) -> Inspected:
         """Judge a picture, store it, then answer.
 
         Args:
             served: by which detector. picture: the file's bytes, or what makes the picture; it is
                 called in a decoder's thread. share: of the memory, which the caller gives back.
-            name: what the sender calls it.
+            name: what the sender calls it. also: see `Store.add`.
 
         Raises:
             Refused: what cannot be read, or not now. StoreError: the verdict cannot be stored.
@@ -171,7 +172,7 @@ class Inspection:
             computed = time.monotonic()
             record = self._record(served, made, found, name)
             # Not given up where the sender is gone: it is judged, and so it is kept.
-            number = await asyncio.shield(asyncio.wrap_future(self.store.add(record)))
+            number = await asyncio.shield(asyncio.wrap_future(self.store.add(record, also)))
         finally:
             self._at_work -= 1
         end = time.monotonic()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ SECONDS_BETWEEN_RETENTIONS = 60.0
 MOST_CONNECTIONS = 512
 DRAIN_SECONDS = 60  # for requests at work when the service is stopped
 _log = logging.getLogger("efficientad.service")
+Source = Callable[[Inspection], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,18 @@ class Settings:
             )
 
 
-def run(predictors: Mapping[str, tuple[str, ServedPredictor]], settings: Settings) -> None:
+def run(
+    predictors: Mapping[str, tuple[str, ServedPredictor]],
+    settings: Settings,
+    source: Source | None = None,
+) -> None:
     """Serve predictors, name -> (digest, predictor), until SIGINT or SIGTERM, then drain.
 
+    source: pictures that nobody sends, judged beside those that are sent.
+
     Raises:
-        StoreError: the store cannot be opened. OSError: the address cannot be bound.
+        StoreError: the store cannot be opened. OSError: the address cannot be bound. What the
+        source raises, after what was at work is stored.
     """
     store = Store(settings.store, durable=settings.durable)
     try:
@@ -86,7 +96,7 @@ def run(predictors: Mapping[str, tuple[str, ServedPredictor]], settings: Setting
             f"the store was not closed: {store.removed} pictures without a verdict removed, "
             f"{store.missing} verdicts without a picture"
         )
-    asyncio.run(_serve(predictors, settings, store, retention, sock))
+    asyncio.run(_serve(predictors, settings, store, retention, sock, source))
 
 
 async def _serve(
@@ -95,6 +105,7 @@ async def _serve(
     store: Store,
     retention: Retention,
     sock: socket.socket,
+    source: Source | None,
 ) -> None:
     inspection = Inspection(
         store, settings.limits, wait_ms=settings.wait_ms, min_area=settings.min_area
@@ -110,12 +121,29 @@ async def _serve(
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {', '.join(predictors)} on http://{shown}:{port}", flush=True)
+    watching = None if source is None else asyncio.create_task(_watch(source, inspection, server))
     try:
         await server.serve([sock])
     finally:
         keeping.cancel()
+        if watching is not None:
+            watching.cancel()
         await inspection.close()
+    if watching is not None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
     print("stopped; everything that was answered is stored", flush=True)
+
+
+async def _watch(source: Source, inspection: Inspection, server: Server) -> None:
+    """Take the pictures of a source; what it raises stops the service."""
+    try:
+        await source(inspection)
+    except Exception:
+        if inspection.draining:  # what it had begun is refused now
+            return
+        server.handle_exit(signal.SIGTERM, None)
+        raise
 
 
 def app_config(app: Guard) -> uvicorn.Config:

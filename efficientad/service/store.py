@@ -140,11 +140,19 @@ class Store:
 
     # ---- use ---------------------------------------------------------------------------------
 
-    def add(self, record: Record) -> Future[int]:
-        """Keep a picture and its verdict; the future gives its number once both are stored."""
+    def add(
+        self, record: Record, also: Callable[[Transaction, int], object] | None = None
+    ) -> Future[int]:
+        """Keep a picture and its verdict; the future gives its number once both are stored.
+
+        also: what else belongs to it, in the same transaction, with its number.
+        """
 
         def job(transaction: Transaction) -> int:
-            return self._insert(transaction, record)
+            number = self._insert(transaction, record)
+            if also is not None:
+                also(transaction, number)
+            return number
 
         return self.submit(job)
 
