@@ -15,7 +15,7 @@ from PIL import Image
 
 from bench import record
 from bench.report import training_curves
-from bench.training import accuracy, nearest_neighbour, scores
+from bench.training import accuracy, brightness, nearest_neighbour, scores
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation import evaluation
 from efficientad.results.plain_path import RawMaps, distance_maps
@@ -143,8 +143,9 @@ def test_measuring_leaves_the_detector_as_it_was(dataset):
     assert found["autoencoder alone"] != found["none"]
 
 
-def test_scores_of_a_trained_detector(dataset, tmp_path, monkeypatch):
-    """A row for each, of the same maps; the row of a score is that of a detector that keeps it."""
+@pytest.fixture
+def trained(monkeypatch):
+    """A detector that `scores` and `brightness` load, and a predictor that computes plainly."""
     detector = helpers_training.thin_detector()
     detector.set_statistics(torch.zeros(384), torch.ones(384))
     detector.set_quantiles(0.2, 0.5, 0.1, 0.4)
@@ -154,8 +155,44 @@ def test_scores_of_a_trained_detector(dataset, tmp_path, monkeypatch):
         maps = partial(distance_maps, found)
         return types.SimpleNamespace(distance_maps=maps, device="cpu", facts={"backend": "plain"})
 
-    monkeypatch.setattr(scores, "load", lambda path: detector)
-    monkeypatch.setattr(scores, "FastPredictor", predictor)
+    for module in (scores, brightness):
+        monkeypatch.setattr(module, "load", lambda path: detector)
+        monkeypatch.setattr(module, "FastPredictor", predictor)
+    return detector
+
+
+def test_brightness_is_measured_and_taken_out(dataset, tmp_path, trained, monkeypatch):
+    """A map that is the brightness finds what is bright, and nothing once the mean is the same."""
+
+    def level(detector, sources):
+        for index, image in enumerate(sources):
+            value = torch.full((1, 4, 4), float(image.mean()) / 255)
+            yield RawMaps(index, image.shape[:2], value, torch.ones(1, 4, 4))
+
+    monkeypatch.setitem(globals(), "distance_maps", level)
+    read = brightness.read_image
+    good = {sample.path for sample in dataset.test if not sample.label}
+    monkeypatch.setattr(
+        brightness,
+        "read_image",
+        lambda path: brightness.scaled(read(path), 0.5 if path in good else 1.0),
+    )
+    table = tmp_path / "table.json"
+    words = ["part.safetensors", str(dataset.root), "--name", "dots", "--json", str(table)]
+    rows = brightness.run(brightness.parser().parse_args(words))
+    assert json.loads(table.read_text()) == rows
+    assert [row["normalization"] for row in rows] == list(brightness.MAPS)
+    student = rows[1]
+    assert student["brightness_auroc"] == student["image_auroc"] == 1.0
+    assert student["image_auroc_same_mean"] < 0.95
+    assert student["maximum_by_brightness"]["0.9"] == pytest.approx(0.9, abs=0.01)
+    assert student["maximum_by_brightness"]["1.1"] == pytest.approx(1.1, abs=0.01)
+    assert rows[0]["maximum_by_brightness"] == {}
+    assert trained.quantiles.tolist() == pytest.approx([0.2, 0.5, 0.1, 0.4])
+
+
+def test_scores_of_a_trained_detector(dataset, tmp_path, trained):
+    """A row for each, of the same maps; the row of a score is that of a detector that keeps it."""
     table = tmp_path / "table.json"
     words = ["part.safetensors", str(dataset.root), "--name", "dots", "--json", str(table)]
     rows = scores.run(scores.parser().parse_args([*words, "--scores", "max", "10", "2000"]))
@@ -163,8 +200,8 @@ def test_scores_of_a_trained_detector(dataset, tmp_path, monkeypatch):
     assert [row["score"] for row in rows] == ["max", 10, 2000]
     assert rows[1]["name"] == "dots, score: mean of the 10 largest cells"
     for row in rows:
-        detector.score = row["score"]
-        metrics = evaluation.evaluate(detector, dataset).metrics
+        trained.score = row["score"]
+        metrics = evaluation.evaluate(trained, dataset).metrics
         assert row["image_auroc"] == metrics["image AU-ROC"]
     assert rows[0]["image_auroc"] != rows[2]["image_auroc"]
 
