@@ -141,17 +141,19 @@ def test_the_kernels_backend_gives_the_torch_backends_scores(model, device, regi
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_in_the_graphs(dtype, cuda, model):
+def test_in_the_graphs(dtype, cuda):
     """The mean of the map that came with it, at every batch size; steps neither allocate nor wait.
 
     A region of another size is taken over in place.
     """
-    frames = helpers.frames(3)
+    frames, model = helpers.frames(3), helpers.detector()
+    model.score = 10
     predictor = FastPredictor(model, device=cuda, dtype=dtype, batch_sizes=(1, 4))
     for batch in (frames, frames[:1]):
         found = predictor(batch).cpu()
         expected = [mean_of_largest(one, 160) for one in found.anomaly_map]
         assert found.score.tolist() == pytest.approx(expected, rel=1e-5)
+        assert (found.score < found.anomaly_map.max((1, 2))).all()
     helpers.assert_steps_neither_allocate_nor_wait(predictor, [*frames], 20)
     parts = [copy.deepcopy(model) for _ in range(2)]
     small = torch.zeros_like(REGION)
