@@ -103,6 +103,66 @@ void mean_square(Address x, int64_t count, int32_t channels, Address y, int thre
   ea::mean_square(pointer<const float>(x), count, channels, pointer<float>(y), threads);
 }
 
+ea::Bfloats bfloats(Address data, const Strides& strides, const Shape& shape) {
+  return {pointer<uint16_t>(data), strides[0], strides[1], strides[2],
+          shape[0],                shape[1],   shape[2],   shape[3]};
+}
+
+// Image, its strides, kernel, step, groups (amx_offsets), filters.
+using AmxInput = std::tuple<Address, Strides, int32_t, int32_t, int32_t, Address>;
+
+// The convolution without its outputs; `offsets` keeps what it points to.
+ea::AmxConvolution amx_convolution(const std::vector<AmxInput>& inputs,
+                                   const std::array<int32_t, 2>& size, Address bias,
+                                   std::vector<std::vector<int64_t>>& offsets) {
+  ea::AmxConvolution convolution{};
+  for (const auto& [data, strides, kernel, step, groups, filters] : inputs) {
+    offsets.push_back(ea::amx_offsets(strides[1], strides[2], kernel, groups));
+    convolution.inputs[convolution.count++] = {pointer<const uint16_t>(data),
+                                               strides[0],
+                                               strides[1] * step,
+                                               strides[2] * step,
+                                               offsets.back().data(),
+                                               static_cast<int32_t>(offsets.back().size()),
+                                               pointer<const uint16_t>(filters)};
+  }
+  convolution.height = size[0];
+  convolution.width = size[1];
+  convolution.bias = pointer<const float>(bias);
+  return convolution;
+}
+
+void amx_convolve(const AmxInput& input, const std::array<int32_t, 2>& size, Address bias,
+                  Address y, const Strides& strides, const Shape& shape, bool relu, bool pool,
+                  int32_t pool_padding, int threads) {
+  std::vector<std::vector<int64_t>> offsets;
+  ea::AmxConvolution convolution = amx_convolution({input}, size, bias, offsets);
+  convolution.y = bfloats(y, strides, shape);
+  convolution.relu = relu;
+  convolution.pool = pool;
+  convolution.pool_padding = pool_padding;
+  ea::amx_convolve(convolution, threads);
+}
+
+void amx_mean_square(const std::vector<AmxInput>& inputs, Address bias, const Shape& shape,
+                     Address y, int threads) {
+  std::vector<std::vector<int64_t>> offsets;
+  ea::AmxConvolution convolution =
+      amx_convolution(inputs, {shape[1], shape[2]}, bias, offsets);
+  convolution.y = bfloats(0, {}, shape);
+  ea::amx_mean_square(convolution, pointer<float>(y), threads);
+}
+
+void amx_pack(Address x, const Strides& x_strides, const Shape& x_shape, Address y,
+              const Strides& y_strides, const Shape& y_shape, int threads) {
+  ea::amx_pack(pixels(x, x_strides, x_shape), bfloats(y, y_strides, y_shape), threads);
+}
+
+void amx_resize(Address x, const Strides& x_strides, const Shape& x_shape, Address y,
+                const Strides& y_strides, const Shape& y_shape, int threads) {
+  ea::amx_resize(bfloats(x, x_strides, x_shape), bfloats(y, y_strides, y_shape), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -127,4 +187,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("filter_gradient", &filter_gradient, Free());
   module.def("resize", &resize, Free());
   module.def("mean_square", &mean_square, Free());
+  module.def("amx", &ea::amx);
+  module.def("set_amx", &ea::set_amx);
+  module.def("amx_convolve", &amx_convolve, Free());
+  module.def("amx_mean_square", &amx_mean_square, Free());
+  module.def("amx_pack", &amx_pack, Free());
+  module.def("amx_resize", &amx_resize, Free());
 }

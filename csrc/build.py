@@ -18,12 +18,24 @@ from pathlib import Path
 
 MODULE = "_native.so"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-HOST = ("bindings.cpp", "conv.cpp", "host.cpp", "pool.cpp", "portable.cpp", "taps.cpp")
+HOST = (
+    "amx.cpp",
+    "amx_host.cpp",
+    "bindings.cpp",
+    "conv.cpp",
+    "host.cpp",
+    "pool.cpp",
+    "portable.cpp",
+    "taps.cpp",
+)
 CUDA = ("frame.cu",)
+_AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVELS = {  # sources with instructions of their own, chosen at run time
     "avx2.cpp": "-mavx2 -mfma -mf16c",
-    "avx512.cpp": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+    "avx512.cpp": _AVX512,
 }
+# amx.cpp is empty without these, which a compiler before 2021 does not know.
+AMX = f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
 # Nothing is contracted to a fused multiply-add unless it is written so; without errno and traps
 # the square root and the roundings become instructions. None of this changes a value.
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
@@ -102,6 +114,12 @@ def gencode(numbers: list[int]) -> str:
     return " ".join([*parts, f"-gencode arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"])
 
 
+def knows(compiler: str, options: str) -> bool:
+    """Whether a compiler accepts these options."""
+    command = [compiler, *options.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def _escape(path: object) -> str:
     """A path inside a ninja file."""
     return re.sub(r"([$ :])", r"$\1", str(path))
@@ -127,7 +145,9 @@ def ninja_file(tools: Tools, source: Path) -> str:
     ]
     define, link = "", f"'{tools.compiler}' -shared -s $in -o $out -pthread"
     sources: list[tuple[str, str]] = [(name, "host") for name in HOST]
+    levels = {}
     if re.fullmatch("x86_64|amd64", platform.machine().lower()):
+        levels = LEVELS | ({"amx.cpp": AMX} if knows(tools.compiler, AMX) else {})
         sources += [(name, "host") for name in LEVELS]
     if tools.nvcc:
         numbers = architectures(tools.nvcc)
@@ -152,7 +172,7 @@ def ninja_file(tools: Tools, source: Path) -> str:
     for name, rule in sources:
         objects.append(f"{name}.o")
         lines.append(f"build {name}.o: {rule} {_escape(source / name)}")
-        level = LEVELS.get(name, "")
+        level = levels.get(name, "")
         if name == "bindings.cpp":
             level = define
         if level:

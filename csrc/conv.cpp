@@ -9,29 +9,6 @@ namespace {
 // Multiplications; less is done before a thread has woken up.
 constexpr int64_t kSmall = 1 << 20;
 
-// Where the cells of a bilinear resize read, along one axis.
-struct Axis {
-  Axis(int32_t source, int32_t target)
-      : width(taps_width(source, target, false)), spans(2 * target), weights(target * width) {
-    fill_taps(source, target, false, spans.data(), weights.data());
-  }
-
-  struct Pair {
-    int64_t a, b;
-    float weight_a, weight_b;
-  };
-  Pair of(int64_t cell) const {
-    const int64_t a = spans[2 * cell];
-    const float* from = weights.data() + cell * width;
-    if (spans[2 * cell + 1] == 1) return {a, a, from[0], 0.0f};
-    return {a, a + 1, from[0], from[1]};
-  }
-
-  int64_t width;
-  std::vector<int32_t> spans;
-  std::vector<float> weights;
-};
-
 }  // namespace
 
 void convolve(const Convolution& k, int threads) {

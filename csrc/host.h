@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "amx.h"
 #include "level.h"
 
 namespace efficientad {
@@ -23,6 +24,17 @@ void filter_gradient(const Convolution& convolution, float* products, int thread
 void resize(const Pixels& x, const Pixels& y, int threads);
 void mean_square(const float* x, int64_t pixels, int32_t channels, float* y, int threads);
 
+// Convolutions of bfloat16 images (amx_host.cpp), where amx() says that there are any.
+bool amx();               // compiled in, the processor has it, the system allows it, not switched off
+void set_amx(bool wanted);  // throws std::runtime_error where there is none to switch on
+// Where the steps of a convolution lie: of each of the kernel's rows, of each group of 32 channels,
+// of each of its columns. Without groups: each row, of four pixels of 8 (amx_pack), twice.
+std::vector<int64_t> amx_offsets(int64_t row, int64_t pixel, int32_t kernel, int32_t groups);
+void amx_convolve(const AmxConvolution& convolution, int threads);
+void amx_mean_square(const AmxConvolution& convolution, float* y, int threads);
+void amx_pack(const Pixels& x, const Bfloats& y, int threads);
+void amx_resize(const Bfloats& x, const Bfloats& y, int threads);
+
 const Level& current();          // the level in use
 float* scratch(int64_t floats);  // memory of this thread, 64-byte aligned, kept between calls
 
@@ -36,5 +48,28 @@ void set_threads(int count);  // 0: as many as there are processors, at most 16
 // Tables (taps.cpp): the number of weights an output cell needs, and the table itself.
 int32_t taps_width(int32_t source, int32_t target, bool antialias);
 void fill_taps(int32_t source, int32_t target, bool antialias, int32_t* spans, float* weights);
+
+// Where the cells of a bilinear resize read, along one axis.
+struct Axis {
+  Axis(int32_t source, int32_t target)
+      : width(taps_width(source, target, false)), spans(2 * target), weights(target * width) {
+    fill_taps(source, target, false, spans.data(), weights.data());
+  }
+
+  struct Pair {
+    int64_t a, b;
+    float weight_a, weight_b;
+  };
+  Pair of(int64_t cell) const {
+    const int64_t a = spans[2 * cell];
+    const float* from = weights.data() + cell * width;
+    if (spans[2 * cell + 1] == 1) return {a, a, from[0], 0.0f};
+    return {a, a + 1, from[0], from[1]};
+  }
+
+  int64_t width;
+  std::vector<int32_t> spans;
+  std::vector<float> weights;
+};
 
 }  // namespace efficientad

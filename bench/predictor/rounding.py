@@ -16,7 +16,7 @@ from torch import Tensor
 
 from efficientad.checkpoint.loading import load
 from efficientad.fast.backends import TorchBackend
-from efficientad.fast.folded_network import FoldedNetwork, NativeNetwork
+from efficientad.fast.folded_network import FoldedNetwork
 from efficientad.fast.predictor import FastPredictor
 from efficientad.model.agreement import scale_of
 from efficientad.model.detector import EfficientAD
@@ -44,7 +44,7 @@ def rounded_predictor(detector: EfficientAD, rounds: dict[str, Round]) -> FastPr
     """A float32 predictor in which filters and inputs of the layers in `rounds` are rounded."""
 
     class Network(FoldedNetwork):
-        def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | None:
+        def _compiled(self, tensors: dict[str, Tensor]) -> None:
             return None
 
         def _conv(self, x: Tensor, name: str, *, padding: int = 0, relu: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from efficientad.fast.backends import TorchBackend
-from efficientad.fast.folded_network import FoldedNetwork, NativeNetwork
+from efficientad.fast.folded_network import FoldedNetwork
 from efficientad.fast.predictor import FastPredictor
 from efficientad.model.calibration import Progress
 from efficientad.model.detector import EfficientAD
@@ -86,7 +86,7 @@ class _RoundedNetwork(FoldedNetwork):
                 if name.endswith("_weight"):
                     value.copy_(value.half())
 
-    def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | None:
+    def _compiled(self, tensors: dict[str, Tensor]) -> None:
         return None
 
     def _conv(self, x: Tensor, name: str, *, padding: int = 0, relu: bool = False) -> Tensor:

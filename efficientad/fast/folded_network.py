@@ -3,8 +3,9 @@
 The fast path of a CPU, and, in channels_last, of a GPU that cannot run the kernels. It has the
 arithmetic of the detector with fewer passes over memory: the difference between teacher and student
 is one convolution over their concatenated features, and no 384-channel intermediate is normalised.
-In float32 on a CPU it is handed to the compiled convolutions (`NativeNetwork`); where these are
-missing the large convolutions still take fewer multiplications (`ops/differentiable_conv.py`).
+On a CPU it is handed to the compiled convolutions in float32, and where there is AMX in bfloat16
+(`compiled_network.py`); where these are missing the large convolutions of float32 still take fewer
+multiplications (`ops/differentiable_conv.py`).
 
 Where teacher and student have the same inner layers, as after the instant schedule, a CPU computes
 these once, and the last layers of both become one on the same features.
@@ -16,12 +17,11 @@ the error (docs/precision.md).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficientad.fast.compiled_network import AmxNetwork, NativeNetwork
 from efficientad.fast.folding import exact_last, exact_layers
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import (
@@ -30,19 +30,25 @@ from efficientad.model.networks import (
     decoder_sizes,
     same_inner_layers,
 )
-from efficientad.ops import compiled_conv
-from efficientad.ops.compiled_conv import Layer, mean_square, resize
+from efficientad.ops import amx_conv, compiled_conv
 from efficientad.ops.differentiable_conv import convolve
 
 
-def is_compiled(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the compiled convolutions compute the network in this dtype, there."""
-    return dtype == torch.float32 and device.type == "cpu" and compiled_conv.available()
+def compiled_network(
+    dtype: torch.dtype, device: torch.device
+) -> type[NativeNetwork] | type[AmxNetwork] | None:
+    """What computes the network in this dtype there in compiled convolutions, or None."""
+    if device.type != "cpu":
+        return None
+    if dtype == torch.bfloat16:
+        return AmxNetwork if amx_conv.available() else None
+    return NativeNetwork if dtype == torch.float32 and compiled_conv.available() else None
 
 
 def network_name(dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> str:
     """What a user is told computes. shared: the inner layers of teacher and student."""
-    compiled = ", compiled convolutions" if is_compiled(dtype, device) else ""
+    network = compiled_network(dtype, device)
+    compiled = "" if network is None else f", {network.name}"
     once = ", inner layers shared" if shared else ""
     return f"folded torch network{compiled}{once}"
 
@@ -74,10 +80,10 @@ class FoldedNetwork(nn.Module):
     def _register(self, detector: EfficientAD) -> None:
         """Make the buffers, and of them the compiled network."""
         self.shared = self._shares(detector)
-        tensors = self._tensors(detector)
+        tensors = _folded_tensors(detector, self.shared)
         for name in list(dict(self.named_buffers())):
             delattr(self, name)
-        for name, value in tensors.items():
+        for name, value in self._in_parts(tensors).items():
             layout = {"memory_format": torch.channels_last} if value.dim() == 4 else {}
             buffer = value.to(self.device, self.dtype, copy=True).contiguous(**layout)
             self.register_buffer(name, buffer)
@@ -87,21 +93,22 @@ class FoldedNetwork(nn.Module):
         """On a CPU alone: a CUDA graph holds on to its buffers whatever is loaded next."""
         return self.device.type == "cpu" and same_inner_layers(detector.teacher, detector.student)
 
-    def _tensors(self, detector: EfficientAD) -> dict[str, Tensor]:
-        """`_folded_tensors`, with the first layers' filters as `_parts` of images needs them."""
-        tensors = _folded_tensors(detector, self.shared)
+    def _in_parts(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, with the first layers' filters as `_parts` of images needs them."""
+        tensors = dict(tensors)
         if self._split is not None:
             for name in tensors.keys() & {"teacher1_weight", "student1_weight"}:
                 high, low = _parts(tensors[name], self._split)
                 tensors[name] = torch.cat([high, high, low], 1)
         return tensors
 
-    def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | None:
+    def _compiled(self, tensors: dict[str, Tensor]) -> NativeNetwork | AmxNetwork | None:
         """The network in compiled convolutions, where they compute in its dtype."""
-        if not is_compiled(self.deconv8_weight.dtype, self.deconv8_weight.device):
+        network = compiled_network(self.deconv8_weight.dtype, self.deconv8_weight.device)
+        if network is None:
             return None
         tensors = {name: value.cpu() for name, value in tensors.items()}
-        return NativeNetwork(tensors, self.size, self.padding, self.shared)
+        return network(tensors, self.size, self.padding, self.shared)
 
     @torch.no_grad()
     def reload(self, detector: EfficientAD) -> None:
@@ -120,8 +127,8 @@ class FoldedNetwork(nn.Module):
         if self._shares(detector) != self.shared:
             self._register(detector)
             return
-        tensors = self._tensors(detector)
-        for name, value in tensors.items():
+        tensors = _folded_tensors(detector, self.shared)
+        for name, value in self._in_parts(tensors).items():
             getattr(self, name).copy_(value)
         self._native = self._compiled(tensors)
 
@@ -211,81 +218,3 @@ def _folded_tensors(detector: EfficientAD, shared: bool) -> dict[str, Tensor]:
     tensors = {f"{name}_weight": weight for name, (weight, _) in layers.items()}
     tensors |= {f"{name}_bias": bias for name, (_, bias) in layers.items()}
     return tensors | {"deconv8_weight": autoencoder}
-
-
-class NativeNetwork:
-    """`FoldedNetwork` in compiled convolutions on a CPU, float32; transforms the filters, once.
-
-    All images are channels last. Teacher and student share the first layer's patches and lie side
-    by side in one image, so nothing is joined; if their inner layers are the same, there is one.
-
-    Args:
-        tensors: folded weights and biases in float64 by name, see `_folded_tensors`.
-        size: "S" or "M". padding: whether the PDN is the padded one.
-        shared: whether the teacher's inner layers are the student's too.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], size: str, padding: bool, shared: bool) -> None:
-        def layer(name: str, **options) -> Layer:
-            return Layer(tensors[f"{name}_weight"], tensors.get(f"{name}_bias"), **options)
-
-        self._padding = padding
-        rows: list[dict[str, Any]] = [
-            {
-                "padding": row.padding if padding else 0,
-                "relu": row.relu,
-                "pool": row.pool,
-                "pool_padding": int(padding),
-            }
-            for row in PDN_LAYERS[size][:-1]
-        ]
-        networks = ("teacher",) if shared else ("teacher", "student")
-        weight, bias = (
-            torch.cat([tensors[f"{name}1_{part}"] for name in networks])
-            for part in ("weight", "bias")
-        )
-        self._first = Layer(weight, bias, **rows[0])
-        self._inner = [
-            [layer(f"{name}{i}", **options) for name in networks]
-            for i, options in enumerate(rows[1:], start=2)
-        ]
-        self._st, self._ae = layer("st"), layer("ae")
-        encoder = [layer(f"enconv{i}", step=2, padding=1, relu=True) for i in range(1, 6)]
-        self._encoder = [*encoder, layer("enconv6")]
-        self._decoder = [
-            layer(f"deconv{i}", padding=2 if i < 7 else 1, relu=True) for i in range(1, 8)
-        ]
-        self._last = layer("deconv8", padding=1)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w)."""
-        x = x.permute(0, 2, 3, 1).contiguous()
-        features = self._features(x)
-        st = self._st(features)
-        ae = self._ae(features[..., -self._ae.channels :])
-        self._last(self._decoded(x), ae, add=True)
-        return mean_square(st), mean_square(ae)
-
-    def _features(self, x: Tensor) -> Tensor:
-        """The teacher's and, behind them, unless they are the same, the student's features.
-
-        (N, h, w, C + C') or (N, h, w, C).
-        """
-        x = self._first(x)
-        for layers in self._inner:
-            widths = [layer.out_channels for layer in layers]
-            y = x.new_empty(len(x), *layers[0].size(*x.shape[1:3]), sum(widths))
-            sources = x.split([layer.channels for layer in layers], 3)
-            for layer, source, target in zip(layers, sources, y.split(widths, 3), strict=True):
-                layer(source, target)
-            x = y
-        return x
-
-    def _decoded(self, x: Tensor) -> Tensor:
-        """The autoencoder up to its last layer, (N, h, w, 64) on the features' grid."""
-        rows, columns = (decoder_sizes(length, self._padding) for length in x.shape[1:3])
-        for layer in self._encoder:
-            x = layer(x)
-        for layer, size in zip(self._decoder, zip(rows, columns, strict=True), strict=True):
-            x = layer(resize(x, size))
-        return x

@@ -7,11 +7,13 @@ import json
 import helpers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import efficientad as ead
 from efficientad.cli.main import main
 from efficientad.fast import options
+from efficientad.fast.folded_network import network_name
 
 DARK = 16  # times darker than what the detector was calibrated on
 
@@ -131,7 +133,8 @@ def test_where_bfloat16_is_earned_evaluate_and_predict_both_take_it(
     run("info", tmp_path / "earned.safetensors")
     assert "bfloat16, as earned" in capsys.readouterr().out
     run("evaluate", tmp_path / "earned.safetensors", folder, "--out", tmp_path / "e")
-    assert "computed in bfloat16, folded torch network, on cpu" in capsys.readouterr().out
+    name = network_name(torch.bfloat16, torch.device("cpu"))
+    assert f"computed in bfloat16, {name}, on cpu" in capsys.readouterr().out
     assert "Scores were computed in bfloat16" in (tmp_path / "e" / "report.html").read_text()
     run(
         "predict", tmp_path / "earned.safetensors", folder / "test", "--no-maps",

@@ -23,7 +23,7 @@ from efficientad.fast.backends import TorchBackend
 from efficientad.fast.frame_inputs import read_frame
 from efficientad.fast.options import choose_dtype
 from efficientad.fast.predictor import FastPredictor
-from efficientad.ops import compiled_conv
+from efficientad.ops import amx_conv, compiled_conv
 from efficientad.utils.devices import choose_device
 
 BOUND = 1e-4  # float32, of max(0.1, largest |map|)
@@ -349,7 +349,8 @@ def test_kernels_that_cannot_be_used_are_replaced(kernels, reason, model, monkey
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert type(predictor.engine.backend) is Light
-    assert predictor.facts["backend"] == "folded torch network"
+    tiles = ", AMX convolutions" if amx_conv.available() else ""
+    assert predictor.facts["backend"] == f"folded torch network{tiles}"
     assert reason in predictor.facts["reason"]
     assert torch.isfinite(predictor(helpers.frames(1)[0]).score)
     with pytest.raises(ValueError, match=f"backend is 'triton'.*{reason}"):
