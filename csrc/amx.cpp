@@ -116,13 +116,20 @@ void products_of(const AmxConvolution& k, const AmxTiling& t, int64_t panel,
   }
 }
 
-// Where an output's products lie.
-inline const float* cell(const AmxTiling& t, const float* products, int64_t row, int64_t column) {
-  const int64_t line = t.flat ? 0 : row, place = t.flat ? row * t.pitch + column : column;
-  int64_t tile = place / kTileRows, start = tile * kTileRows;
-  if (tile == t.tiles - 1 && t.length > kTileRows) start = t.length - kTileRows;
-  return products + ((line * t.tiles + tile) * kTileRows + place - start) * kPanel;
-}
+// Where the products of a row's outputs lie: one behind the other, but for a line's last tile.
+struct Cells {
+  Cells(const AmxTiling& t, const float* products, int64_t row)
+      : from(products + (t.flat ? 0 : row) * t.tiles * kProducts),
+        first(t.flat ? row * t.pitch : 0),
+        last((t.tiles - 1) * kTileRows),
+        shift(t.tiles > 1 ? t.tiles * kTileRows - t.length : 0) {}
+  const float* at(int64_t column) const {
+    const int64_t place = first + column;
+    return from + (place + (place >= last ? shift : 0)) * kPanel;
+  }
+  const float* from;
+  int64_t first, last, shift;
+};
 
 struct Two {
   __m512 low, high;
@@ -151,12 +158,14 @@ void outputs_of(const AmxConvolution& k, const AmxShare& share, const AmxWindow&
     const int64_t plane = static_cast<int64_t>(k.height) * k.width;
     float* to = k.squares + (panel * k.y.images + share.image) * plane +
                 static_cast<int64_t>(share.row) * k.width;
-    for (int32_t row = 0; row < w.rows; ++row)
+    for (int32_t row = 0; row < w.rows; ++row) {
+      const Cells cells(t, products, row);
       for (int32_t column = 0; column < k.width; ++column) {
-        const Two v = finished(cell(t, products, row, column), bias, k.relu);
+        const Two v = finished(cells.at(column), bias, k.relu);
         *to++ = _mm512_reduce_add_ps(
             _mm512_fmadd_ps(v.low, v.low, _mm512_mul_ps(v.high, v.high)));
       }
+    }
     return;
   }
   const int64_t left = k.y.channels - panel * kPanel;
@@ -164,23 +173,30 @@ void outputs_of(const AmxConvolution& k, const AmxShare& share, const AmxWindow&
   uint16_t* const y = k.y.data + share.image * k.y.image + panel * kPanel;
   if (!k.pool) {
     for (int32_t row = 0; row < w.rows; ++row) {
+      const Cells cells(t, products, row);
       uint16_t* to = y + (share.row + row) * k.y.row;
       for (int32_t column = 0; column < k.width; ++column, to += k.y.pixel)
-        store(to, finished(cell(t, products, row, column), bias, k.relu), mask);
+        store(to, finished(cells.at(column), bias, k.relu), mask);
     }
     return;
   }
   const __m512 quarter = _mm512_set1_ps(0.25f);
   for (int32_t row = share.row; row < share.row_end; ++row) {
     uint16_t* to = y + row * k.y.row;
+    const int32_t above = 2 * row - k.pool_padding;
+    const Cells rows[2] = {{t, products, above - w.row}, {t, products, above + 1 - w.row}};
+    const bool there[2] = {above >= 0, above + 1 < k.height};
     for (int32_t column = 0; column < k.y.width; ++column, to += k.y.pixel) {
+      const int32_t left = 2 * column - k.pool_padding;
       Two sum{_mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int i = 0; i < 4; ++i) {
-        const int32_t r = 2 * row - k.pool_padding + i / 2;
-        const int32_t c = 2 * column - k.pool_padding + i % 2;
-        if (r < 0 || r >= k.height || c < 0 || c >= k.width) continue;
-        const Two v = finished(cell(t, products, r - w.row, c), bias, k.relu);
+      const auto add = [&](const Cells& cells, int32_t c) {
+        const Two v = finished(cells.at(c), bias, k.relu);
         sum = {_mm512_add_ps(sum.low, v.low), _mm512_add_ps(sum.high, v.high)};
+      };
+      for (int i = 0; i < 2; ++i) {
+        if (!there[i]) continue;
+        if (left >= 0) add(rows[i], left);
+        if (left + 1 < k.width) add(rows[i], left + 1);
       }
       store(to, {_mm512_mul_ps(sum.low, quarter), _mm512_mul_ps(sum.high, quarter)}, mask);
     }

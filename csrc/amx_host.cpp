@@ -15,7 +15,7 @@
 namespace efficientad {
 namespace {
 
-constexpr int64_t kTilesOfShare = 56;      // share the filters that are read
+constexpr int64_t kTilesOfShare = 48;       // share the filters that are read
 constexpr int64_t kProductsOfShare = 8192;  // of tiles, about: some 50 microseconds
 constexpr int64_t kFew = 8192;              // products for which no other thread is woken
 
