@@ -41,7 +41,14 @@ from efficientad.utils.files import write_text
 TABLE = record.RESULTS / "accuracy.json"
 PRO_LIMIT = 0.3
 Areas = dict[str, float | None]  # the three figures of a row; None: undefined for these images
-NORMALIZATIONS = ("quantiles", "gaussian", "none", "student-teacher alone", "autoencoder alone")
+NORMALIZATIONS = (
+    "quantiles",
+    "quantiles of the same weight",
+    "gaussian",
+    "none",
+    "student-teacher alone",
+    "autoencoder alone",
+)
 CELLS = 10  # of the row "score: mean of the 10 largest cells"
 _AWAY = 1e6  # q_b - q_a at which a map no longer counts beside the other
 
@@ -88,13 +95,16 @@ def image_auroc(
 def normalization(name: str, detector: EfficientAD, validation: list[RawMaps]) -> list[float]:
     """What stands for (q_a, q_b) of both maps: M -> 0.1 (M - q_a) / (q_b - q_a), section 3.3.
 
-    quantiles: the detector's. gaussian: mean and mean + standard deviation of the validation maps'
-    cells, so that a map is standardised. none: 0 and 1, the maps as they are. "... alone": the
-    detector's for that map, and the other as good as left out.
+    quantiles: the detector's. quantiles of the same weight: those of the paper, where the detector
+    weighs the autoencoder's map less. gaussian: mean and mean + standard deviation of the
+    validation maps' cells, so that a map is standardised. none: 0 and 1, the maps as they are.
+    "... alone": the detector's for that map, and the other as good as left out.
     """
     own = detector.quantiles.tolist()
     if name == "quantiles":
         return own
+    if name == "quantiles of the same weight":
+        return [*own[:3], own[2] + (own[3] - own[2]) * detector.autoencoder_weight]
     if name.endswith(" alone"):
         nothing = [0.0, _AWAY]
         return [*own[:2], *nothing] if name.startswith("student") else [*nothing, *own[2:]]
@@ -218,6 +228,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 quantiles=detector.quantiles.tolist(),
                 normalization="quantiles" if of_score else name,
                 score=CELLS if of_score else detector.score,
+                autoencoder_weight=detector.autoencoder_weight,
                 hard_quantile=training.get("hard_quantile"),
                 warm_start=training.get("warm_start"),
                 penalty=training.get("pretraining_penalty"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor
 from efficientad.model.detector import EfficientAD
 from efficientad.model.image_score import ScoreRule
-from efficientad.model.map_rule import QUANTILE_NAMES
+from efficientad.model.map_rule import QUANTILE_NAMES, check_weight
 from efficientad.model.networks import PDN, TEACHER_CHANNELS
 
 NETWORKS = ("teacher", "student", "autoencoder")
@@ -33,6 +33,7 @@ class Contents:
         normalization: image mean and std, 3 values each, or None for ImageNet's.
         region: bool of image_size, True where inspected, or None.
         score: "max" or a number of cells, see `EfficientAD.score`.
+        autoencoder_weight: for the next calibration; the quantiles hold it already.
     """
 
     size: str
@@ -50,6 +51,7 @@ class Contents:
     value_range: tuple[float, float] | None = None
     region: Tensor | None = None
     score: ScoreRule = "max"
+    autoencoder_weight: float = 1.0
 
 
 @functools.cache
@@ -105,6 +107,7 @@ def build_detector(contents: Contents) -> EfficientAD:
             image_size=contents.image_size,
         )
         detector.score = contents.score
+        detector.autoencoder_weight = check_weight(contents.autoencoder_weight)
         if contents.region is not None:
             if tuple(contents.region.shape) != detector.image_size:
                 raise CheckpointError(

@@ -79,6 +79,8 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         "has_statistics": detector.has_statistics,
         "value_range": check_value_range(detector.value_range),
     }
+    if detector.autoencoder_weight != 1:
+        config["autoencoder_weight"] = detector.autoencoder_weight
     version = WITHOUT_REGION if detector.region is None else WITHOUT_SCORE
     if detector.score != "max":
         config["score"], version = detector.score, FORMAT_VERSION
@@ -252,6 +254,7 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
         value_range=value_range,
         region=_region(tensors[_REGION]) if _REGION in tensors else None,
         score=config.get("score", "max"),
+        autoencoder_weight=config.get("autoencoder_weight", 1.0),
     )
 
 

@@ -142,6 +142,7 @@ def describe(path: str) -> dict[str, Any]:
         "quantiles": [round(q, 6) for q in detector.quantiles.tolist()]
         if detector.calibrated
         else "not set",
+        "autoencoder's weight": detector.autoencoder_weight,
         "value range": detector.value_range or "of the type of its samples",
         "region": "the whole frame"
         if detector.region is None

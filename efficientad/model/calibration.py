@@ -26,6 +26,7 @@ from efficientad.data.images import Batch, load_batches
 from efficientad.data.layouts import open_dataset
 from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD, check_detector
 from efficientad.model.good_images import GoodImagesSeen, warn_of_odd
+from efficientad.model.map_rule import check_weight
 from efficientad.model.networks import TEACHER_CHANNELS
 from efficientad.model.precision import Precision
 from efficientad.model.region import facts, index_of, of_cells
@@ -292,9 +293,13 @@ def _restored_on_error(detector: EfficientAD) -> Iterator[None]:
 def set_quantiles_from_maps(detector: EfficientAD, maps: MapFile) -> None:
     """Set the detector's quantiles from raw validation maps, by its own border rule.
 
+    With an `autoencoder_weight` below 1 its q_b lies further from its q_a, so that its map counts
+    for less in the sum; 1 is the paper's.
+
     Raises:
-        ValueError: no maps, or a map value that is NaN.
+        ValueError: no maps, a map value that is NaN, or a weight outside of 0..1.
     """
+    weight = check_weight(detector.autoencoder_weight)
     found: list[float] = []
     for kind in range(2):
 
@@ -303,6 +308,8 @@ def set_quantiles_from_maps(detector: EfficientAD, maps: MapFile) -> None:
                 yield quantile_values(detector, chunk[:, kind]).numpy()
 
         found += streaming_quantiles(values, QUANTILE_LEVELS)
+    if weight != 1:
+        found[3] = found[2] + (found[3] - found[2]) / weight
     detector.set_quantiles(*found)
 
 

@@ -73,6 +73,7 @@ class EfficientAD(nn.Module):
     _region: Tensor | None
     _cells: Tensor | None
     value_range: tuple[float, float] | None = None  # of samples above 8 bits: data/samples.py
+    autoencoder_weight: float = 1.0  # of its map beside the student's: calibration.py
     _score: ScoreRule = "max"
 
     def __init__(

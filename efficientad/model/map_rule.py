@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import warnings
 
+from efficientad.utils.checks import check_number
+
 BORDERS = ("nelson", "anomalib", "paper")
 QUANTILE_NAMES = ("qa_st", "qb_st", "qa_ae", "qb_ae")
 MAP_AT_QB = 0.1  # the map's unit: q_a of the good images is sent to 0 and q_b to 0.1
@@ -67,3 +69,11 @@ def affine_of(
         offset -= a * qa
     frame = offset if border == "anomalib" else 0.0  # a padded cell has distance 0 in both maps
     return slope[0], slope[1], offset, frame
+
+
+def check_weight(value: object) -> float:
+    """The autoencoder's weight as a float; ValueError unless it is above 0 and at most 1."""
+    weight = check_number("autoencoder_weight", value, 0, above=True)
+    if weight > 1:
+        raise ValueError(f"autoencoder_weight is {weight:g}; it must be at most 1")
+    return weight

@@ -183,6 +183,7 @@ def _prepare(task: Task, dataset: DataSet) -> _Parts:
         start_from_teacher(detector)
     if task.schedule != "paper":
         spread_autoencoder(detector, seed)
+        detector.autoencoder_weight = closed_form.AUTOENCODER_WEIGHTS[task.schedule]
     photos = None
     if task.penalty is not None:
         photos = Photos(task.penalty, detector.image_size, seed)
