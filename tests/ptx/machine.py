@@ -134,7 +134,7 @@ class Machine:
         if name == "global_smem":
             return np.array([SHARED_BASE], np.uint32)
         if name in self.maps:  # the address of a tensor map in the parameters
-            return np.array([list(self.kernel.params).index(name)], np.uint32)
+            return np.array([list(self.kernel.params).index(name)], np.uint64)
         if name.startswith("%"):
             raise Fault("uninitialised", f"register {name}")
         raise Fault("unknown instruction", f"symbol {name}")
