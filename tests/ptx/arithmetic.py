@@ -57,6 +57,18 @@ def _fma(match, instr, kernel):
     return operation(instr, ("f32",) * 3, compute)
 
 
+@instruction(r"(add|sub|mul|fma)(?:\.rn)?\.f32x2")
+def _two_floats(match, instr, kernel):
+    def compute(*sources):
+        pairs = [np.ascontiguousarray(x).view("f4") for x in np.broadcast_arrays(*sources)]
+        if match[1] != "fma":
+            return FLOAT[match[1]](*pairs).view("u8")
+        a, b, c = (pair.astype("f8") for pair in pairs)
+        return (a * b + c).astype("f4").view("u8")
+
+    return operation(instr, ("b64",) * (3 if match[1] == "fma" else 2), compute)
+
+
 @instruction(r"(add|sub|mul\.lo|min|max|and|or|xor|not|neg|abs)\.([sub](?:16|32|64)|pred)")
 def _integer(match, instr, kernel):
     one = match[1] in ("not", "neg", "abs")

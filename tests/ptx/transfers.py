@@ -73,7 +73,7 @@ def _store_global(match, instr, kernel):
     return step
 
 
-@instruction(r"ld\.shared(?:\.v[24])?\.b(8|16|32)")
+@instruction(r"ld\.shared(?:\.v[24])?\.b(8|16|32|64)")
 def _load_shared(match, instr, kernel):
     names, address = _names(instr.operands[0]), instr.operands[1]
     size = int(match[1]) // 8
@@ -90,7 +90,7 @@ def _load_shared(match, instr, kernel):
     return step
 
 
-@instruction(r"st\.shared(?:\.v[24])?\.b(8|16|32)")
+@instruction(r"st\.shared(?:\.v[24])?\.b(8|16|32|64)")
 def _store_shared(match, instr, kernel):
     address, names = instr.operands[0], _names(instr.operands[1])
     dtype = UINT[int(match[1])]
