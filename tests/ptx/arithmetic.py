@@ -46,6 +46,8 @@ def operation(instr: Instruction, kinds: tuple[str, ...], compute):
 @instruction(r"(add|sub|mul|div\.rn|(?:max|min)(?:\.NaN)?|abs|neg)(?:\.rn)?\.f32")
 def _float(match, instr, kernel):
     compute = FLOAT[match[1]]
+    if match[1][:3] in ("max", "min") and len(instr.operands) == 4:
+        return operation(instr, ("f32",) * 3, lambda x, y, z: compute(compute(x, y), z))
     return operation(instr, ("f32",) * (1 if match[1] in ("abs", "neg") else 2), compute)
 
 
