@@ -44,7 +44,14 @@ def test_predict_writes_everything(model_file, images, tmp_path, capsys):
     assert "3 images" in capsys.readouterr().out
     names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
     expected = {f"overlays/{i}.png" for i in range(3)} | {f"maps/{i}.tiff" for i in range(3)}
-    assert names == expected | {"overlays", "maps", "scores.csv", "scores.json", "report.html"}
+    assert names == expected | {
+        "overlays",
+        "maps",
+        "scores.csv",
+        "scores.json",
+        "report.html",
+        "progress.jsonl",
+    }
     document = json.loads((tmp_path / "out" / "scores.json").read_text())
     results = list(ead.predict(ead.load(model_file), sorted(images.iterdir())))
     scores = [r.score for r in results]

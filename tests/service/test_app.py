@@ -217,7 +217,7 @@ def test_a_picture_alone_may_need_more_than_all_the_memory(tmp_path):
 
 
 def test_a_verdict_that_cannot_be_stored_is_not_answered(running, monkeypatch):
-    def fail(record):
+    def fail(record, also):
         raise StoreError("no space left on the device")
 
     monkeypatch.setattr(running.inspection.store, "add", fail)
