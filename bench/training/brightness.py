@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench import record
-from bench.training.accuracy import TABLE, add_rows, normalization, row_of
+from bench.training.accuracy import add_rows, normalization, row_of
+from bench.training.scores import measuring_parser
 from efficientad.checkpoint.loading import load
 from efficientad.data.datasets import Sample
 from efficientad.data.decoding import read_image
@@ -110,15 +110,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = made.add_argument
-    add("detector", type=Path, help="file of a detector that `train` wrote")
-    add("data", type=Path, help="data set with a test part")
-    add("--layout", choices=("auto", "mvtec", "loco", "visa"), default="auto")
-    add("--name", required=True, help="of the detector, in the table")
-    add("--device", default="auto")
-    add("--json", type=Path, default=TABLE, help="the table")
-    return made
+    return measuring_parser(__doc__.partition("\n")[0])
 
 
 if __name__ == "__main__":

@@ -60,15 +60,23 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def measuring_parser(description: str) -> argparse.ArgumentParser:
+    """The words of a command that measures a trained detector on a data set."""
+    made = argparse.ArgumentParser(description=description)
     add = made.add_argument
     add("detector", type=Path, help="file of a detector that `train` wrote")
     add("data", type=Path, help="data set with a test part")
     add("--layout", choices=("auto", "mvtec", "loco", "visa"), default="auto")
     add("--name", required=True, help="of the detector, in the table")
-    add(
+    add("--device", default="auto")
+    add("--json", type=Path, default=TABLE, help="the table")
+    return made
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = measuring_parser(__doc__.partition("\n")[0])
+    made.add_argument(
         "--scores",
         nargs="+",
         default=SCORES,
@@ -76,8 +84,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="max|K",
         help="maximum, or mean of the K largest cells",
     )
-    add("--device", default="auto")
-    add("--json", type=Path, default=TABLE, help="the table")
     return made
 
 

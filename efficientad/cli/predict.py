@@ -98,10 +98,10 @@ def run_predict(options: argparse.Namespace) -> int:
     notes = [*_notes(options, detector), *score_notes(detector.score)]
     notes += [*_look_at_region(options, detector, paths), *unread]
     run = _prepare(detector, options)  # the detector may lie on a GPU now
-    names = dict(enumerate(output_names(paths)))
+    names = output_names(paths)
     settings = _settings(options, detector)
     kept = _kept(options.out, settings, paths, names) if options.resume else {}
-    todo = [index for index in names if index not in kept]
+    todo = [index for index in range(len(paths)) if index not in kept]
     folder = ResultFolder(
         options.out,
         detector.threshold,
@@ -207,7 +207,7 @@ def _settings(options: argparse.Namespace, detector: EfficientAD) -> dict[str, A
 
 
 def _kept(
-    out: Path, settings: dict[str, Any], paths: list[Path], names: dict[int, Path]
+    out: Path, settings: dict[str, Any], paths: list[Path], names: list[Path]
 ) -> dict[int, Entry]:
     """Index of an input -> what the run before wrote of it and is still right."""
     from efficientad.results.progress import different, read_progress, still_valid

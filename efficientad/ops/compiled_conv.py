@@ -136,13 +136,8 @@ def mean_square(x: Tensor) -> Tensor:
     return y
 
 
-def _pixels(x: Tensor, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Address, strides and shape of x (N, H, W, C) for `_native`, which checks nothing."""
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise ValueError(f"{name} is {x.dtype} on {x.device}; it must be float32 on the CPU")
-    if x.stride(3) != 1 and x.shape[3] > 1:
-        raise ValueError(f"{name} has strides {x.stride()}; its channels must lie side by side")
-    return x.data_ptr(), x.stride()[:3], tuple(x.shape)
+def _pixels(x: Tensor, name: str) -> native.Pixels:
+    return native.pixels(x, name, torch.float32)
 
 
 def _panels(out_channels: int) -> int:

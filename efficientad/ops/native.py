@@ -1,6 +1,6 @@
 """`efficientad._native` (csrc/), loaded once: whether it is there, what it runs on, its threads.
 
-It allocates nothing and checks nothing: `frame_path` and `compiled_conv` do, which call it.
+It allocates nothing: what calls `_native` does, and checks its arguments, images by `pixels`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     from efficientad import _native
@@ -16,6 +17,7 @@ except ImportError as error:  # not built, or built for another Python; `info` s
 else:
     _reason = ""
 
+Pixels = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, strides and shape of an image
 FIX = "build it with a C++ compiler: pip install -c constraints.txt -e ."
 
 
@@ -54,3 +56,13 @@ def set_threads(count: int) -> None:
 def module() -> Any:
     """`efficientad._native`, or None where it is not built."""
     return _native
+
+
+def pixels(x: Tensor, name: str, dtype: torch.dtype) -> Pixels:
+    """Address, strides and shape of x (N, H, W, C) for `_native`, which checks nothing."""
+    if x.dtype != dtype or x.device.type != "cpu":
+        rule = f"{str(dtype).removeprefix('torch.')} on the CPU"
+        raise ValueError(f"{name} is {x.dtype} on {x.device}; it must be {rule}")
+    if x.stride(3) != 1 and x.shape[3] > 1:
+        raise ValueError(f"{name} has strides {x.stride()}; its channels must lie side by side")
+    return x.data_ptr(), x.stride()[:3], tuple(x.shape)

@@ -114,17 +114,17 @@ def read_progress(root: Path) -> Earlier:
 
 
 def still_valid(
-    root: Path, entries: Iterable[Entry], sources: Sequence[Path], names: Mapping[int, Path]
+    root: Path, entries: Iterable[Entry], sources: Sequence[Path], names: Sequence[Path]
 ) -> dict[int, Entry]:
     """Index of a source -> its last entry, if it holds: same file, same name, its pictures there.
 
-    names: index -> name in the output, of the run that goes on.
+    names: of the sources in the output, of the run that goes on.
     """
     last = {(entry.row.get("path"), entry.name): entry for entry in entries}
     kept = {}
-    for index, name in names.items():
-        entry = last.get((plain_text(sources[index]), str(name)))
-        if entry is None or entry.stat is None or entry.stat != source_stat(sources[index]):
+    for index, (source, name) in enumerate(zip(sources, names, strict=True)):
+        entry = last.get((plain_text(source), str(name)))
+        if entry is None or entry.stat is None or entry.stat != source_stat(source):
             continue
         if all(os.path.isfile(root / file) for file in entry.files):
             kept[index] = entry

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import mmap
 import multiprocessing
 import os
 
@@ -12,6 +10,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_memory import at_the_end_of_a_page
 
 from efficientad.fast import folded_network
 from efficientad.fast.backends import TorchBackend
@@ -200,17 +199,6 @@ def test_windows_of_larger_tensors(channels, pool):
     assert torch.equal(target, expected)
     target.fill_(SENTINEL)
     assert (canvas == outside).all()
-
-
-def at_the_end_of_a_page(like: torch.Tensor) -> torch.Tensor:
-    """A tensor of that shape, behind whose last value lies memory that nobody may touch."""
-    size = -(-like.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
-    options = {"dtype": like.dtype, "count": like.numel(), "offset": size - like.nbytes}
-    return torch.frombuffer(pages, **options).view(like.shape)
 
 
 @needs_amx
