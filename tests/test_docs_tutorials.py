@@ -217,7 +217,9 @@ def assert_shown(block: Block, output: str) -> None:
         assert line == "..." or comparable(line) in printed, f"{line!r} is not in\n{output}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=pytest.mark.slow) if p == "large-images" else p for p in PAGES]
+)
 def test_every_block_runs_and_prints_what_the_page_shows(page, folder):
     session, output = Session(folder), ""
     try:
