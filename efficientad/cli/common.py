@@ -72,11 +72,11 @@ def add_layout(command: argparse.ArgumentParser) -> None:
     """Add --layout and --category, the words of `open_dataset`."""
     command.add_argument(
         "--layout",
-        choices=("auto", "folder", "mvtec", "loco", "visa"),
+        choices=("auto", "folder", "mvtec", "mvtec2", "loco", "visa", "realiad"),
         default="auto",
         help="auto recognises the others; folder takes every image below it as good",
     )
-    command.add_argument("--category", help="object of a VisA or multi-object folder")
+    command.add_argument("--category", help="object of a VisA, Real-IAD or multi-object folder")
 
 
 def add_value_range(command: argparse.ArgumentParser) -> None:

@@ -37,7 +37,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     """Add the command's parser to those of the command line."""
     command = commands.add_parser("evaluate", help="metrics on a test set with known defects")
     command.add_argument("model")
-    command.add_argument("data", type=Path, help="MVTec AD, MVTec LOCO or VisA folder")
+    command.add_argument("data", type=Path, help="a data set in a known layout, with test images")
     command.add_argument("--out", type=Path, default=Path("evaluation"), help="output folder")
     add_layout(command)
     command.add_argument(

@@ -18,6 +18,7 @@ from efficientad.cli.common import (
     EXIT_SOME_FAILED,
     EXIT_STOPPED,
     Bars,
+    add_layout,
     add_region,
     add_score,
     add_value_range,
@@ -43,11 +44,10 @@ def add_train(commands: Any) -> None:
         "continues with --resume.",
     )
     add = command.add_argument
-    add("data", type=Path, help="folder of good images, or MVTec AD, MVTec LOCO or VisA folder")
+    add("data", type=Path, help="folder of good images, or a data set in a known layout")
     add("--out", type=Path, default=Path("detector.safetensors"), help="file to write")
     add("--force", action="store_true", help="replace an existing file and checkpoint")
-    add("--layout", choices=("auto", "folder", "mvtec", "loco", "visa"), default="auto")
-    add("--category", help="object of a VisA or multi-object folder")
+    add_layout(command)
     add(
         "--schedule",
         choices=("paper", "short", "instant"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-_PARTS = frozenset(("train", "test", "groundtruth"))
+_PARTS = frozenset(
+    ("train", "test", "groundtruth", "testpublic", "testprivate", "testprivatemixed")
+)
 GOOD_NAMES = frozenset(
     "good ok okay normal io pass passed fine healthy nominal intact flawless gut "
     "nodefect nodefects defectfree nondefective notdefective withoutdefect withoutdefects "

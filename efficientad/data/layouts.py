@@ -1,6 +1,7 @@
 """Layouts of data sets on the disk: which images are good, which are not, where the masks are.
 
-MVTec AD (and BTAD), MVTec LOCO AD, VisA and a plain folder of good images, recognised by content.
+MVTec AD (and BTAD), MVTec AD 2, MVTec LOCO AD and a plain folder of good images, recognised by
+content, as are VisA and Real-IAD, whose lists `data.tables` reads.
 """
 
 from __future__ import annotations
@@ -19,16 +20,24 @@ from efficientad.data.folder_names import (
 )
 from efficientad.data.image_files import find_images, is_image, left_out
 from efficientad.data.mask_files import MASK_FOLDERS, MaskFiles, looks_like_mask
-from efficientad.data.tables import listed_file, read_table
+from efficientad.data.tables import (
+    LISTS,
+    SPLIT,
+    find_lists,
+    looks_like_object,
+    open_realiad,
+    open_visa,
+)
 from efficientad.utils.folders import subfolders, visible
 
-SPLIT = Path("split_csv", "1cls.csv")  # of VisA: says of every image where it belongs
-COLUMNS = ("object", "split", "label", "image", "mask")
-LAYOUTS = ("mvtec", "loco", "visa", "folder")
+LAYOUTS = ("mvtec", "mvtec2", "loco", "visa", "realiad", "folder")
 _LOOKED_FOR = (
-    "mvtec (train/good, test/<defect>), loco (train/good, validation/good), "
-    "visa (split_csv/1cls.csv) or a folder of good images"
+    "mvtec (train/good, test/<defect>), mvtec2 (train/good, validation/good, test_public), "
+    f"loco (train/good, validation/good), visa ({SPLIT.as_posix()}), realiad "
+    f"({LISTS}/<object>.json) or a folder of good images"
 )
+_TEST = {"mvtec2": "testpublic"}  # plain name of the folder of labelled test images, if not "test"
+_PRIVATE = ("testprivate", "testprivatemixed")  # of MVTec AD 2: images whose labels nobody has
 
 
 def open_dataset(
@@ -37,7 +46,7 @@ def open_dataset(
     """List the images of a data set; no pixel is read.
 
     root: the folder of one object, or the data set's folder with `category` naming the object.
-    layout: "mvtec", "loco", "visa", "folder", or "auto" to recognise it by content.
+    layout: one of LAYOUTS, or "auto" to recognise it by content. "mvtec2" is MVTec AD 2.
 
     Folders are found in any case, and good ones may be called good, ok, normal and the like
     (`data.folder_names`). "folder" takes every image below root as good and has no test images.
@@ -61,7 +70,17 @@ def open_dataset(
                 f"{root} looks like both visa and {_looks_like(root)[0]}; name a layout"
             )
         if layout == "visa" or (root / SPLIT).is_file():
-            return _open_visa(root, category)
+            return open_visa(root, category)
+    if layout in ("auto", "realiad"):
+        home, name = root, category
+        if category is not None and not find_lists(root) and (root / category).is_dir():
+            home, name = root / category, None
+        if layout == "auto" and find_lists(home) and _looks_like(home):
+            raise ValueError(
+                f"{home} looks like both realiad and {_looks_like(home)[0]}; name a layout"
+            )
+        if layout == "realiad" or find_lists(home):
+            return open_realiad(home, name)
     if category is not None:
         root = root / category
         if not root.is_dir():
@@ -91,15 +110,27 @@ def _good_folders(part: Path | None) -> list[Path]:
 def _looks_like(root: Path) -> tuple[str, ...]:
     if not _good_folders(_part(root, "train")):
         return ()
-    return ("loco", "mvtec") if _good_folders(_part(root, "validation")) else ("mvtec",)
+    if not _good_folders(_part(root, "validation")):
+        return ("mvtec",)
+    return ("loco", "mvtec") if _part(root, "testpublic") is None else ("mvtec2", "loco", "mvtec")
 
 
 def _recognise(root: Path) -> str:
     known = _looks_like(root)
+    public = _part(root, "testpublic")
+    if known and public is not None:
+        if _part(root, "test") is not None:
+            raise ValueError(f"{root} holds both test and {public.name}; name a layout")
+        if "mvtec2" not in known:
+            raise ValueError(
+                f"{root} is nearly mvtec2: it holds {public.name} and no validation/good, the good "
+                "images for quantiles and threshold. To go on without its tests name the layout "
+                "mvtec"
+            )
     if known:
         return known[0]
     folders = subfolders(root)
-    categories = [path.name for path in folders if _looks_like(path)]
+    categories = [path.name for path in folders if _looks_like(path) or find_lists(path)]
     if categories:
         raise ValueError(f"{root} holds several objects, name a category: {', '.join(categories)}")
     holding = {path.parent.relative_to(root) for path in find_images(root)}
@@ -118,6 +149,9 @@ def _recognise(root: Path) -> str:
 def _nearly(root: Path) -> str:
     """What keeps a folder from the layout that it nearly has, "" if it has none nearly."""
     train = _part(root, "train")
+    if _good_folders(train):
+        validated = _good_folders(_part(root, "validation"))
+        return f". It holds train/good and no {'test_public' if validated else 'validation/good'}"
     if train is not None:
         held = [path.name for path in subfolders(train)]
         if any(path.is_file() and is_image(path) for path in visible(train)):
@@ -134,6 +168,11 @@ def _nearly(root: Path) -> str:
     if any((path / "Data" / "Images").is_dir() for path in (root, *subfolders(root))):
         return (
             f". It is nearly visa: {SPLIT.as_posix()} is missing, which says what is for training"
+        )
+    if looks_like_object(root) and any(plain_name(p.name) == "ng" for p in subfolders(root)):
+        return (
+            f". It is nearly realiad: {LISTS}/{root.resolve().name}.json is missing, which says "
+            "what is for training"
         )
     deeper = [path for folder in subfolders(root) for path in subfolders(folder)]
     found = [path.relative_to(root).as_posix() for path in deeper if _looks_like(path)]
@@ -185,12 +224,14 @@ def _refuse_nearly_good(part: Path) -> None:
         )
 
 
-def _note_unread(name: str, folder: Path, notes: list[str]) -> None:
+def _note_unread(
+    name: str, folder: Path, notes: list[str], why: str = "the folder has no place in the layout"
+) -> None:
     try:
         count = len(find_images(folder))
     except ValueError:
         return
-    notes.append(f"{count} images in {name} were left out: the folder has no place in the layout.")
+    notes.append(f"{count} images in {name} were left out: {why}.")
 
 
 def _note_loose(part: Path, notes: list[str]) -> None:
@@ -202,9 +243,9 @@ def _note_loose(part: Path, notes: list[str]) -> None:
         )
 
 
-def _test_samples(root: Path, notes: list[str]) -> tuple[Sample, ...]:
-    """The test images, good and anomalous, in order, with their masks."""
-    test = _part(root, "test")
+def _test_samples(root: Path, part: str, notes: list[str]) -> tuple[Sample, ...]:
+    """The images of a test folder, good and anomalous, in order, with their masks."""
+    test = _part(root, part)
     if test is None:
         return ()
     _refuse_nearly_good(test)
@@ -240,22 +281,27 @@ def _holds_masks(folder: Path) -> bool:
 
 
 def _open_parts(root: Path, layout: str) -> DataSet:
-    """MVTec AD, or MVTec LOCO AD, which brings its validation images."""
+    """MVTec AD, or MVTec LOCO AD or AD 2, which bring their validation images."""
     notes: list[str] = []
     train_folder, validation_folder = _part(root, "train"), _part(root, "validation")
     assert train_folder is not None  # `_looks_like` has seen to it
     good = _good(train_folder, notes)
     saturation: dict[int, Saturation] = {}
-    if layout == "loco":
+    if layout == "mvtec":
+        train, validation = split_validation(good)
+    else:
         assert validation_folder is not None
         train, validation = tuple(good), tuple(_good(validation_folder, notes))
+    if layout == "loco":
         saturation = _read_saturation(root)
-    else:
-        train, validation = split_validation(good)
-    test = _test_samples(root, notes)
-    read = {"train", "test", *MASK_FOLDERS} | ({"validation"} if layout == "loco" else set())
+    tests = _TEST.get(layout, "test")
+    test = _test_samples(root, tests, notes)
+    read = {"train", tests, *MASK_FOLDERS} | (set() if layout == "mvtec" else {"validation"})
     for folder in subfolders(root):
-        if plain_name(folder.name) not in read:
+        plain = plain_name(folder.name)
+        if layout == "mvtec2" and plain in _PRIVATE:
+            _note_unread(folder.name, folder, notes, "they have no labels; `predict` scores them")
+        elif plain not in read:
             _note_unread(folder.name, folder, notes)
     notes += left_out(root)
     name = root.resolve().name
@@ -279,54 +325,3 @@ def _saturation(entry: Mapping) -> Saturation:
     if not 0 < threshold <= (1 if relative else float("inf")):
         raise ValueError(f"saturation_threshold {threshold} with relative_saturation {relative}")
     return Saturation(str(entry["defect_name"]), threshold, relative)
-
-
-def _open_visa(root: Path, category: str | None) -> DataSet:
-    """VisA by its one-class split: paths below root. A file that is missing fails when it is read.
-
-    Raises:
-        ValueError: no table, not its columns, no such category, or training images that are not
-            normal. FileNotFoundError: not one image of the category is there.
-    """
-    path = root / SPLIT
-    if not path.is_file():
-        raise ValueError(f"{root} has not the layout visa: no {SPLIT}")
-    rows = read_table(path, COLUMNS)
-    names = {row["object"].casefold(): row["object"] for row in reversed(rows)}
-    objects = sorted(names.values())
-    if category is None and len(objects) == 1:
-        category = objects[0]
-    if category is None or category.casefold() not in names:
-        raise ValueError(f"category must be one of {', '.join(objects)}, got {category!r}")
-    category = names[category.casefold()]
-    parts: dict[str, list[Sample]] = {"train": [], "test": []}
-    left_out: dict[str, int] = {}
-    for row in sorted(rows, key=lambda row: row["image"].replace("\\", "/")):
-        if row["object"].casefold() != category.casefold():
-            continue
-        part = row["split"].casefold()
-        if part not in parts or not row["image"]:
-            left_out[row["split"]] = left_out.get(row["split"], 0) + 1
-            continue
-        normal = is_good_name(row["label"])
-        masks = (listed_file(root, row["mask"]),) if row["mask"] else ()
-        defect = GOOD if normal else row["label"]
-        image = listed_file(root, row["image"])
-        parts[part].append(Sample(image, int(not normal), defect, masks))
-    if not parts["train"] or any(sample.label for sample in parts["train"]):
-        raise ValueError(f"{path}: the training images of {category} must be normal, and some")
-    listed = [sample.path for sample in (*parts["train"], *parts["test"])]
-    if not any(map(os.path.isfile, listed)):
-        raise FileNotFoundError(
-            f"{path} lists {len(listed)} images of {category}, none of which exists; first: "
-            f"{listed[0]}"
-        )
-    notes = [
-        f"{count} rows of {SPLIT.name} with the split {split!r} were left out; splits are "
-        f"{' and '.join(parts)}."
-        for split, count in left_out.items()
-    ]
-    train, validation = split_validation(parts["train"])
-    return DataSet(
-        root, "visa", category, train, validation, tuple(parts["test"]), notes=tuple(notes)
-    )

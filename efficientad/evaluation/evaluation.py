@@ -98,7 +98,7 @@ def evaluate(
 
     Args:
         detector: calibrated; it runs on its own device.
-        data: a `DataSet`, or a folder in the layout of MVTec AD, MVTec LOCO AD or VisA.
+        data: a `DataSet`, or a folder in one of the layouts of `open_dataset`.
         out: folder for `report.html`, `scores.csv` and `scores.json`; None writes nothing.
         maps: also write `maps/<object>/test/<defect>/<stem>.tiff`, float32 at the image's own size,
             as the MVTec evaluation scripts read them. Where images of a defect differ in nothing

@@ -1,4 +1,4 @@
-"""Mutated tables: CSV of VisA, JSON of MVTec LOCO AD and of our own results."""
+"""Mutated tables: CSV of VisA, JSON of Real-IAD, MVTec LOCO AD and of our own results."""
 
 from __future__ import annotations
 
@@ -56,12 +56,32 @@ def seeds(folder: Path) -> dict[str, Path]:
     ]
     (loco / "defects_config.json").write_text(json.dumps(rules), encoding="utf-8")
 
+    splits = folder / "realiad" / "realiad_jsons" / "nut.json"
+    entries = [
+        {
+            "category": "nut",
+            "anomaly_class": label,
+            "image_path": f"{label}/{picture(folder / 'realiad/nut' / label / f'{i}.png')}",
+            "mask_path": None,
+        }
+        for i, label in enumerate(("OK", "OK", "OK", "NG"))
+    ]
+    document = {"meta": {"normal_class": "OK", "prefix": "nut/"}}
+    document |= {"train": entries[:2], "test": entries[2:]}
+    splits.parent.mkdir()
+    splits.write_text(json.dumps(document, indent=1), encoding="utf-8")
+
     results = folder / "results"
     names = [picture(results / "overlays" / f"{i}.png") for i in range(3)]
     picture(results / "own.png")
-    document = {"threshold": 0.5, "images": [], "files": [f"overlays/{name}" for name in names]}
-    (results / "scores.json").write_text(json.dumps(document), encoding="utf-8")
-    return {"visa": table, "loco": loco / "defects_config.json", "results": results / "scores.json"}
+    scores = {"threshold": 0.5, "images": [], "files": [f"overlays/{name}" for name in names]}
+    (results / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    return {
+        "visa": table,
+        "loco": loco / "defects_config.json",
+        "realiad": splits,
+        "results": results / "scores.json",
+    }
 
 
 def change(text: str, rng: random.Random) -> bytes:
@@ -94,7 +114,7 @@ def check(kind: str, table: Path) -> str:
             if not inside or path.suffix not in (".png", ".tiff"):
                 raise Finding(f"{path} would be removed")
         return "read"
-    data = open_dataset(table.parents[1] if kind == "visa" else table.parent)
+    data = open_dataset(table.parent if kind == "loco" else table.parents[1])
     if not data.train or any(sample.label for sample in data.train):
         raise Finding(f"trains on {data.train}")
     return "read"
