@@ -6,7 +6,10 @@ Files are recognised by their content, never by their name, and read as data: se
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from efficientad.checkpoint.anomalib import anomalib_contents
 from efficientad.checkpoint.contents import Contents, build_detector, build_teacher
@@ -24,7 +27,9 @@ from efficientad.checkpoint.torch_zip import file_kind, read_torch
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN, check_model_size
 from efficientad.utils.file_kinds import kind_of_file
+from efficientad.utils.files import digest_of
 
+TEACHER_FORMAT = "efficientad-teacher"  # of `checkpoint.teachers`
 _KNOWN = (
     "a file of efficientad.save; an anomalib .ckpt, state dict or exported .pt of EfficientAd; a "
     "nelson1425 training folder (teacher_final.pth, student_final.pth, autoencoder_final.pth); an "
@@ -146,10 +151,20 @@ def _read(path: Path) -> object:
     """The content of a file as a tree of dicts, LazyTensors and placeholders."""
     kind = file_kind(path)
     if kind == "safetensors":
-        return open_safetensors(path)[1]
+        metadata, tensors = open_safetensors(path)
+        if metadata.get("format") == TEACHER_FORMAT and "sha256" in metadata:  # older ones lack it
+            found = {name: value.read() for name, value in tensors.items()}
+            if teacher_checksum(found, metadata) != metadata["sha256"]:
+                raise CheckpointError("the checksum of the file differs: it is damaged")
+        return tensors
     if kind in ("torch", "pickle"):
         return read_torch(path)
     raise CheckpointError(f"is {kind_of_file(path) or 'of an unknown format'}; expected {_KNOWN}")
+
+
+def teacher_checksum(weights: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 of a teacher file's weights and header, but for the header's own "sha256"."""
+    return digest_of(weights, {k: header[k] for k in sorted(header) if k != "sha256"})
 
 
 def _folder(path: Path, category: str | None, teacher: Path | None) -> Contents:

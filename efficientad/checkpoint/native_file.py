@@ -6,7 +6,6 @@ settings, the provenance, golden values of a small built-in image, and a checksu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor, read
 from efficientad.model.detector import EfficientAD
 from efficientad.model.synthetic import golden_image
 from efficientad.utils.checks import check_value_range
-from efficientad.utils.files import replace_file
+from efficientad.utils.files import digest_of, replace_file
 from efficientad.utils.processes import computing
 
 FORMAT = "efficientad"
@@ -103,7 +102,8 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         "format": FORMAT,
         "format_version": str(version),
         **texts,
-        "sha256": _digest(tensors, texts),
+        # Golden values see neither a threshold nor one weak bit among millions.
+        "sha256": digest_of(tensors, texts),
     }
     _write_atomically(path, tensors, metadata)
 
@@ -122,7 +122,7 @@ def load_native(
     config, provenance, golden = map(json.loads, texts.values())
     detector = build_detector(_contents(config, provenance, tensors))
     if verify:
-        digest = _digest(
+        digest = digest_of(
             {name: value.read() for name, value in tensors.items()},
             texts if int(version) > 1 else {},
         )
@@ -165,18 +165,6 @@ def _storable(name: str, value: Tensor) -> Tensor:
     if name != "quantiles" and not torch.isfinite(value).all():
         raise CheckpointError(f"{name} has a NaN or infinite entry; such a detector is not saved")
     return value.clone(memory_format=torch.contiguous_format)
-
-
-def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
-    """SHA-256 of the texts and the tensors' bytes: golden values see neither a threshold nor one
-    weak bit among millions."""
-    digest = hashlib.sha256()
-    for name, text in texts.items():
-        digest.update(f"{name}:{len(text)}:{text}".encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

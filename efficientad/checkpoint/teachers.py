@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from efficientad.checkpoint.loading import load_teacher
+from efficientad.checkpoint.loading import TEACHER_FORMAT, load_teacher, teacher_checksum
 from efficientad.model.networks import PDN
 from efficientad.utils.files import replace_file
 
-FORMAT = "efficientad-teacher"
 DEFAULT_LICENSE = (
     "follows from the photos and the backbone it was distilled from; not that of the package"
 )
@@ -75,7 +74,7 @@ def teacher_facts(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
-        if header.get("format") != FORMAT:
+        if header.get("format") != TEACHER_FORMAT:
             return {}
         return {k: json.loads(v) if v[:1] in "{[" else v for k, v in header.items()}
     except (safetensors.SafetensorError, json.JSONDecodeError, RecursionError) as error:
@@ -130,13 +129,14 @@ def save_teacher(
             raise ValueError(f"{name} has a NaN, infinite or too large entry for float16")
         stored[name] = half
     header = {
-        "format": FORMAT,
+        "format": TEACHER_FORMAT,
         "network": f"PDN-{size}, 384 channels (arXiv 2303.14535, Tables 6 and 7)",
         "input": "RGB in 0..1, minus ImageNet mean, over ImageNet std; 256x256 in training",
         "license": license,
         "make your own": "efficientad distill PHOTOS --backbone FILE --out teacher.safetensors",
     }
     header |= {k: json.dumps(dict(v), allow_nan=False) for k, v in (facts or {}).items()}
+    header["sha256"] = teacher_checksum(stored, header)
     try:
         # Not save_file, which makes files that no other user can read.
         data = save(stored, header)

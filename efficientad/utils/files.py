@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and their names in messages."""
+"""Files that are written whole or not at all, checksums, and files' names in messages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def replace_file(
@@ -78,3 +82,16 @@ def listed(names: Sequence[str], most: int) -> str:
 def plain_text(value: object) -> str:
     """`str(value)` that UTF-8 can hold: bytes of a file name that are no text become "\\udcNN"."""
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def digest_of(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    """SHA-256, as hex, of named texts in their order, and of named tensors' bytes on the CPU."""
+    import torch  # not before `efficientad --help`, which needs the rest of this file
+
+    digest = hashlib.sha256()
+    for name, text in texts.items():
+        digest.update(f"{name}:{len(text)}:{text}".encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from efficientad.utils.files import replace_file
+from efficientad.utils.files import digest_of, replace_file
 
 FORMAT = "efficientad-run"
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
@@ -40,7 +40,7 @@ def save_state(
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in tensors.items()
     }
-    header = {"format": FORMAT, "facts": text}
+    header = {"format": FORMAT, "facts": text, "sha256": digest_of(stored, {"facts": text})}
     try:
         replace_file(path, lambda part: save_file(stored, part, header), durable=True)
     except (OSError, safetensors.SafetensorError) as error:
@@ -67,7 +67,11 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, An
         header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         if header.get("format") != FORMAT:
             raise ValueError(f"{path} is not the state of a training run")
-        facts = json.loads(header["facts"])
+        text = header["facts"]
+        # Older states have no checksum.
+        if header.get("sha256") not in (None, digest_of(tensors, {"facts": text})):
+            raise ValueError(f"{path} is damaged: its checksum differs")
+        facts = json.loads(text)
     except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not the state of a training run: {error}") from None
     if not isinstance(facts, dict):

@@ -16,6 +16,7 @@ from efficientad.checkpoint import native_file
 from efficientad.checkpoint.loading import convert, load, load_teacher
 from efficientad.checkpoint.native_file import save
 from efficientad.checkpoint.safe_pickle import CheckpointError
+from efficientad.utils.files import digest_of
 
 
 def make_detector(seed: int = 0, calibrated: bool = True, **options) -> EfficientAD:
@@ -58,7 +59,7 @@ def variant(saved, tmp_path, tensors=None, **metadata):
     new = {name: value for name, value in new.items() if value is not None}
     head = header(saved[1]) | metadata
     texts = {name: head[name] for name in native_file._TEXTS if head[name] is not None}
-    head |= {"sha256": native_file._digest(new, texts)}
+    head |= {"sha256": digest_of(new, texts)}
     path = tmp_path / "variant.safetensors"
     save_file(new, path, {k: v for k, v in head.items() if v is not None})
     return path
@@ -181,7 +182,7 @@ def test_a_file_of_the_first_version_is_read(saved, tmp_path):
     with safe_open(saved[1], framework="pt") as file:
         head, tensors = file.metadata(), load_file(saved[1])
     path = tmp_path / "x"
-    digest = native_file._digest(tensors, {})
+    digest = digest_of(tensors, {})
     save_file(tensors, path, head | {"format_version": "1", "sha256": digest})
     assert_equal_state(load(path), saved[0])
     save_file(tensors, path, head | {"format_version": "1"})

@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from helpers_distill import FACTS, SMALL, draw_photos, make_run
 from safetensors.torch import save_file
 
 from efficientad.checkpoint import teachers
 from efficientad.checkpoint.loading import load_teacher
+from efficientad.checkpoint.safe_pickle import CheckpointError
 from efficientad.checkpoint.teachers import (
     default_teacher,
     default_teacher_facts,
@@ -55,6 +57,24 @@ def test_a_teacher_file_says_what_it_is(photos, tmp_path):
     for name, parameter in teacher.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.half().float())
     assert (tmp_path / "t.safetensors").stat().st_size < 5.5e6
+
+
+@pytest.mark.parametrize("name", teachers.SHIPPED)
+def test_one_flipped_bit_of_a_teacher_is_noticed(tmp_path, name):
+    data = bytearray(shipped_teacher(name).read_bytes())
+    assert "sha256" in teacher_facts(shipped_teacher(name))
+    data[-1001] ^= 1  # the lowest bit of a weight: a finite number as before
+    (tmp_path / "t.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"t\.safetensors: the checksum of the file differs"):
+        load_teacher(tmp_path / "t.safetensors")
+
+
+def test_a_teacher_from_before_the_checksum_is_read(tmp_path):
+    with safetensors.safe_open(shipped_teacher(), framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+        header = {k: v for k, v in file.metadata().items() if k != "sha256"}
+    save_file(weights, tmp_path / "t.safetensors", header)
+    assert load_teacher(tmp_path / "t.safetensors").size == "S"
 
 
 def test_headers_of_other_files(tmp_path):

@@ -152,6 +152,22 @@ def test_damaged_and_foreign_files(tmp_path, damage):
         load_state(path)
 
 
+@pytest.mark.parametrize("where", ["tensor", "facts"])
+def test_one_flipped_bit_is_noticed(tmp_path, where):
+    path = tmp_path / "run.state"
+    save_state(path, {"a": torch.ones(100)}, {"step": 1234})
+    data = bytearray(path.read_bytes())
+    data[-200 if where == "tensor" else data.index(b"1234")] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"run\.state is damaged: its checksum differs"):
+        load_state(path)
+
+
+def test_a_state_from_before_the_checksum_is_read(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "s", {"format": run_state.FORMAT, "facts": "{}"})
+    assert load_state(tmp_path / "s")[1] == {}
+
+
 def test_facts_that_json_cannot_hold(tmp_path):
     for facts in ({"a": float("nan")}, {"a": object()}):
         with pytest.raises(ValueError, match="cannot be stored as JSON"):
