@@ -17,6 +17,7 @@ from efficientad.data.datasets import GOOD, DataSet, Sample
 from efficientad.data.decoding import read_image
 from efficientad.data.layouts import open_dataset
 from efficientad.data.masks import REMARKS
+from efficientad.evaluation.aupimo import FPR_BOUNDS
 from efficientad.evaluation.intervals import au_roc_interval
 from efficientad.evaluation.metrics import PixelMetrics, image_metrics, saturated_pro
 from efficientad.model.calibration import Progress
@@ -35,6 +36,7 @@ from efficientad.results.prediction import Prediction, is_anomalous
 from efficientad.utils.files import listed, plain_text
 
 _LISTED = 20  # names in a note
+_AUPIMO_OF = "AUPIMO, images with a mask"
 
 
 class MapSource(Protocol):
@@ -60,8 +62,9 @@ class Evaluation:
         dataset: its name.
         metrics: figure -> value, None where it is undefined (one class only, no masks). AU-ROC, AP
             and F1-max of the images, AU-ROC per defect (each against the good images), AU-ROC and
-            AU-PRO of the pixels, for MVTec LOCO AD the saturated AU-PRO of its authors, and with a
-            threshold the numbers of false alarms and missed defects.
+            AU-PRO of the pixels, AUPIMO and of how many images it is the mean, for MVTec LOCO AD in
+            place of both the saturated AU-PRO of its authors, and with a threshold the numbers of
+            false alarms and missed defects.
         samples, scores: the test images that were scored, and their scores.
         failed: (path, reason) of the others, and of those whose pictures could not be written.
         notes: sentences about what is missing (masks, and with them the figures of the pixels) and
@@ -194,7 +197,7 @@ class _Run:
         self.detector, self.dataset = detector, dataset
         self.result, self.folder = result, folder
         self.remarks: dict[str, list[str]] = defaultdict(list)
-        # Saturated PRO is defined per folder of test images; each accumulator takes up to 48 MB.
+        # Saturated PRO is defined per folder of test images; each accumulator takes up to 64 MB.
         self.pixels: dict[str, PixelMetrics] = defaultdict(PixelMetrics)
         self.region = None if detector.region is None else detector.region.cpu()
         self._names = unique_names([Path(s.defect) / s.path.name for s in dataset.test])
@@ -308,6 +311,13 @@ def _undefined(result: Evaluation) -> dict[str, str]:
             reasons[name] = f"no {missing} test image was scored"
         elif labels == {0} or scored == {GOOD}:
             reasons[name] = "no defective test image was scored"
+        elif name == "AUPIMO" and 0 not in labels:
+            reasons[name] = "no good test image was scored"
+        elif name == "AUPIMO" and result.metrics[_AUPIMO_OF]:
+            reasons[name] = (
+                "the good test images have too few pixels for a false positive rate of "
+                f"{FPR_BOUNDS[0]:g}, or too many share the highest value"
+            )
         else:
             reasons[name] = "no mask that was read marks a defect, or none leaves a good pixel"
     return reasons
@@ -354,6 +364,8 @@ def _figures(
         if not dataset.saturation:
             for limit, area in pixel.au_pro.items():
                 figures[f"AU-PRO, FPR {limit:g}"] = area
+            figures["AUPIMO"] = pixel.mean_aupimo
+            figures[_AUPIMO_OF] = len(first.found)
     if threshold is not None:
         verdicts = [
             (label, is_anomalous(score, threshold))

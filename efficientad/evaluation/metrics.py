@@ -6,12 +6,14 @@ bounded memory (`PixelMetrics`) and depend neither on the order of the images no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from efficientad.data.datasets import Region
+from efficientad.evaluation.aupimo import GOOD_IMAGE, aupimo, kept_keys
 from efficientad.evaluation.histogram import MAX_BINS, FloatHistogram
 
 PRO_LIMITS = (0.3, 0.05)  # false positive rates to which AU-PRO is integrated
@@ -43,6 +45,7 @@ class PixelResult:
     au_pro: area under the PRO (or saturated PRO) curve per false positive rate limit, divided by
     the limit. With value > f1_threshold as the rule for pixels F1 is f1_max. dropped_bits: trailing
     bits of the float32 values that the histogram did not resolve; 0: all figures are exact.
+    aupimo: AUPIMO of every image with a mask, in the order they came (see `evaluation.aupimo`).
     """
 
     au_roc: float | None
@@ -54,6 +57,12 @@ class PixelResult:
     anomalous_pixels: int
     regions: int
     dropped_bits: int
+    aupimo: tuple[float, ...] | None
+
+    @property
+    def mean_aupimo(self) -> float | None:
+        """The mean over the images; None where there is none, or AUPIMO is undefined."""
+        return math.fsum(self.aupimo) / len(self.aupimo) if self.aupimo else None
 
 
 def image_metrics(labels: Sequence[int] | np.ndarray, scores: Sequence[float]) -> ImageMetrics:
@@ -128,16 +137,17 @@ def partial_area(x: np.ndarray, y: np.ndarray, limit: float) -> float:
 
 
 class PixelMetrics:
-    """Pixel AU-ROC, average precision, F1 and AU-PRO of many maps, one map at a time.
+    """Pixel AU-ROC, average precision, F1, AU-PRO and AUPIMO of many maps, one map at a time.
 
-    Three histograms over the float32 bits of the map values count normal pixels, anomalous pixels
-    and the growth of the region overlap, all in whole numbers: the same maps give the same figures
-    in every order. See `FloatHistogram` for the resolution. Memory: 24 bytes a bin, 48 MB by
-    default.
+    Histograms over the float32 bits of the map values count normal pixels, anomalous pixels, the
+    growth of the region overlap and the pixels of good images, each image with the same weight, all
+    in whole numbers: the same maps give the same figures in every order. See `FloatHistogram` for
+    the resolution. Memory: 32 bytes a bin, 64 MB by default, and 16 kB an anomalous image.
     """
 
     def __init__(self, max_bins: int = MAX_BINS) -> None:
-        self.histogram = FloatHistogram(3, max_bins)
+        self.histogram = FloatHistogram(4, max_bins)
+        self.found: list[np.ndarray] = []  # what AUPIMO keeps of each image with a mask
         self.regions = 0
         self.images = 0
 
@@ -153,8 +163,8 @@ class PixelMetrics:
         anomaly_map: float32 (H, W), higher is more anomalous. mask: (H, W) bool, or numbers of
         which nonzero is anomalous; its 8-connected components are the regions of PRO. regions:
         given instead of a mask, they are the regions of saturated PRO, may overlap, and their union
-        is the mask. Neither: all pixels are normal. ValueError for other shapes or dtypes and for
-        NaN.
+        is the mask; for AUPIMO they do not count. Neither: all pixels are normal. ValueError for
+        other shapes or dtypes and for NaN.
         """
         anomaly_map = np.asarray(anomaly_map)
         if anomaly_map.ndim != 2:
@@ -177,7 +187,7 @@ class PixelMetrics:
                     f"{np.count_nonzero(part)} pixels and {area}"
                 )
         places = self.histogram.places(anomaly_map)
-        normal, hit, overlap = self.histogram.counts
+        normal, hit, overlap, good = self.histogram.counts
         np.add.at(normal, places[~anomalous], 1)
         np.add.at(hit, places[anomalous], 1)
         if regions is not None:
@@ -185,11 +195,15 @@ class PixelMetrics:
                 self._add_region(overlap, places[np.asarray(part) != 0], area)
         elif anomalous.any():
             self._add_components(overlap, places, anomalous)
+            self.found.append(kept_keys(anomaly_map[anomalous]))
+        else:
+            np.add.at(good, places.ravel(), GOOD_IMAGE // max(places.size, 1))
         self.images += 1
 
     def merge(self, other: PixelMetrics) -> None:
         """Add all that another accumulator has seen; its max_bins may differ."""
         self.histogram.merge(other.histogram)
+        self.found += other.found
         self.regions += other.regions
         self.images += other.images
 
@@ -198,7 +212,7 @@ class PixelMetrics:
 
         ValueError when there is no region or no normal pixel.
         """
-        (normal, _, overlap), _ = self.histogram.descending()
+        (normal, _, overlap, _), _ = self.histogram.descending()
         if self.regions == 0 or normal.sum() == 0:
             raise ValueError("a PRO curve needs at least one region and one normal pixel")
         return _pro_curve(normal, overlap, self.regions)
@@ -207,12 +221,13 @@ class PixelMetrics:
         """All figures so far; more images may be added afterwards.
 
         limits: false positive rates in (0, 1] for AU-PRO. The ranking figures are None unless there
-        are normal and anomalous pixels, AU-PRO also where there is no region.
+        are normal and anomalous pixels, AU-PRO also where there is no region; AUPIMO where the good
+        images show no false positive rate of 1e-5.
         """
         for limit in limits:
             if not 0 < limit <= 1:
                 raise ValueError(f"limits must lie in (0, 1], got {limit}")
-        (normal, hit, overlap), values = self.histogram.descending()
+        (normal, hit, overlap, good), values = self.histogram.descending()
         au_pro: dict[float, float | None] = dict.fromkeys(limits)
         if self.regions and normal.any():
             x, y = _pro_curve(normal, overlap, self.regions)
@@ -229,6 +244,7 @@ class PixelMetrics:
             anomalous_pixels=int(hit.sum()),
             regions=self.regions,
             dropped_bits=self.histogram.dropped_bits,
+            aupimo=aupimo(good, values, self.histogram.dropped_bits, self.found),
         )
 
     def _add_components(self, overlap: np.ndarray, places: np.ndarray, mask: np.ndarray) -> None:

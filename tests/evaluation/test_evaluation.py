@@ -205,7 +205,7 @@ def test_every_undefined_figure_has_its_reason(model, mvtec, tmp_path):
     black = [Image.new("L", (600, 512))] * 3
     evaluation = remasked(model, mvtec, tmp_path, black)
     reason = "no mask that was read marks a defect, or none leaves a good pixel"
-    pixels = ("pixel AU-ROC", "pixel F1-max", "AU-PRO, FPR 0.3", "AU-PRO, FPR 0.05")
+    pixels = ("pixel AU-ROC", "pixel F1-max", "AU-PRO, FPR 0.3", "AU-PRO, FPR 0.05", "AUPIMO")
     assert evaluation.undefined == dict.fromkeys(pixels, reason)
     assert f"Undefined, because {reason}: pixel AU-ROC," in (
         tmp_path / "out" / "report.html"
@@ -213,6 +213,7 @@ def test_every_undefined_figure_has_its_reason(model, mvtec, tmp_path):
     no_good = remasked(model, mvtec, tmp_path, [None] * 3, good=0)
     assert no_good.undefined["image AU-ROC"] == "no good test image was scored"
     assert no_good.undefined["image AU-ROC, square"] == "no good test image was scored"
+    assert no_good.undefined["AUPIMO"] == "no good test image was scored"
     assert no_good.metrics["pixel AU-ROC"] is not None
     good = DataSet(mvtec, "mvtec", "widget", (), (), open_dataset(mvtec).test[:3])
     assert ead.evaluate(model, good).undefined["image AP"] == "no defective test image was scored"
