@@ -108,6 +108,7 @@ def run_predict(options: argparse.Namespace) -> int:
         overlays=None if options.no_overlays else options.out / "overlays",
         maps=None if options.no_maps else options.out / "maps",
         min_area=options.min_area,
+        score=detector.score,
         settings=settings,
         kept=list(kept.values()),
     )

@@ -58,7 +58,8 @@ def run_judge(options: argparse.Namespace) -> int:
 
 
 def _print_judgement(stored: StoredScores, found: Judgement) -> None:
-    """A row per kind of image, and the images whose verdict is another one."""
+    """The threshold and what it judges, a row per kind of image, the images judged otherwise."""
+    from efficientad.model.image_score import score_notes
     from efficientad.results.prediction import is_anomalous
     from efficientad.results.report_page import KINDS
     from efficientad.utils.proportions import CONFIDENCE, upper_bound
@@ -67,6 +68,8 @@ def _print_judgement(stored: StoredScores, found: Judgement) -> None:
     if stored.threshold is not None:
         before = f"the run's own is {stored.threshold:.6g}"
     print(f"threshold {found.threshold:.6g}; {before}")
+    for note in score_notes(stored.score_rule or "max"):
+        print(f"{note} The threshold must be one of such scores.")
     for label, kind in KINDS:
         mine = [
             verdict
@@ -112,6 +115,7 @@ def run_drift(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from efficientad.checkpoint.loading import load
     from efficientad.evaluation.drift import find_drift
+    from efficientad.model.image_score import described
     from efficientad.results.score_picture import save_picture, score_picture
     from efficientad.results.stored_scores import read_scores
 
@@ -123,6 +127,12 @@ def run_drift(options: argparse.Namespace) -> int:
         raise UsageError(
             f"{options.model} holds no scores of a calibration; run `efficientad calibrate "
             f"{options.model} GOOD_IMAGES`, and `predict` with the file that comes of it"
+        )
+    if stored.score_rule is not None and stored.score_rule != detector.score:
+        raise UsageError(
+            f"a score in {stored.file} is the {described(stored.score_rule)}, one of "
+            f"{options.model} the {described(detector.score)}; they do not compare. Score the "
+            "images anew with this detector"
         )
     if stored.threshold is not None and stored.threshold != detector.threshold:
         print_notes([f"the scores were judged by {stored.threshold:.6g} and the detector's "

@@ -147,6 +147,7 @@ def evaluate(
             overlays=Path(out) / "overlays" if overlays else None,
             maps=Path(out) / "maps" / dataset.name / "test" if maps else None,
             min_area=min_area,
+            score=detector.score,
             failed=result.failed,
         )
     run = _Run(detector, dataset, result, folder)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from efficientad.model.image_score import ScoreRule
 from efficientad.results.overlay import overlay_strips
 from efficientad.results.prediction import Prediction
 from efficientad.results.progress import PROGRESS, Entry, Progress, read_progress, source_stat
@@ -124,6 +125,7 @@ class ResultFolder:
         overlays, maps: folders below root's "overlays" and "maps" for the pictures and the .tiff
             maps; None leaves them out.
         min_area: smaller regions of a map, in pixels of the image, are not listed.
+        score: how a map became its image's score (`model.image_score`), for JSON; None: unknown.
         settings: what the scores depend on, for JSON; with it the progress is written, too.
         kept: images of an earlier run that hold, see `still_valid`; their pictures stay.
 
@@ -137,6 +139,7 @@ class ResultFolder:
     overlays: Path | None = None
     maps: Path | None = None
     min_area: float = 0
+    score: ScoreRule | None = None
     settings: Mapping[str, Any] | None = None
     kept: Sequence[Entry] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -265,7 +268,7 @@ class ResultFolder:
         }
         if metrics is not None:
             facts["metrics"] = {plain_text(k): _json(v) for k, v in metrics.items()}
-        write_tables(self.root, self.rows, self.threshold, facts, more=("regions",))
+        write_tables(self.root, self.rows, self.threshold, self.score, facts, more=("regions",))
         report = self.root / "report.html"
         write_report(
             report,
@@ -283,6 +286,7 @@ def write_tables(
     root: Path,
     rows: Sequence[dict[str, Any]],
     threshold: float | None,
+    score: ScoreRule | None,
     facts: Mapping[str, Any],
     *,
     more: Sequence[str] = (),
@@ -301,6 +305,7 @@ def write_tables(
     write_text(root / "scores.csv", table.getvalue())
     document = {
         "threshold": _json(threshold),
+        "score_rule": score,
         "images": [{k: _json(row[k]) for k in (*columns, *more)} for row in rows],
         **facts,
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from efficientad.model.image_score import check_threshold
+from efficientad.model.image_score import ScoreRule, check_threshold
 from efficientad.results.output_folder import write_tables
 from efficientad.results.prediction import is_anomalous
 from efficientad.results.report_page import KINDS
@@ -33,11 +33,16 @@ class StoredScore:
 
 @dataclass(frozen=True)
 class StoredScores:
-    """What a run stored, in its order. threshold: by which it judged; None where it is unknown."""
+    """What a run stored, in its order.
+
+    threshold: by which it judged. score_rule: how its maps became scores (`model.image_score`).
+    Either is None where it is unknown, as in a table and in files of older versions.
+    """
 
     file: Path
     images: tuple[StoredScore, ...]
     threshold: float | None
+    score_rule: ScoreRule | None = None
 
     def by_kind(self) -> dict[str, list[float]]:
         """Scores of the good, the defective and the unlabelled images, where there are any."""
@@ -76,11 +81,15 @@ def read_scores(results: str | os.PathLike) -> StoredScores:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text: {error}") from error
-    rows, threshold = _json_rows(file, text) if text.lstrip()[:1] == "{" else _csv_rows(file, text)
+    threshold, rule = None, None
+    if text.lstrip()[:1] == "{":
+        rows, threshold, rule = _json_rows(file, text)
+    else:
+        rows = _csv_rows(file, text)
     images = tuple(_image(file, number, row) for number, row in enumerate(rows, start=1))
     if not images:
         raise ValueError(f"{file} holds the score of no image")
-    return StoredScores(file, images, threshold)
+    return StoredScores(file, images, threshold, rule)
 
 
 def judge(stored: StoredScores, threshold: float) -> Judgement:
@@ -119,7 +128,7 @@ def write_judged(out: str | os.PathLike, stored: StoredScores, found: Judgement)
         for image, verdict in zip(stored.images, found.anomalous, strict=True)
     ]
     facts = {"failed": [], "notes": [], "files": [], _MARK: str(stored.file)}
-    write_tables(out, rows, found.threshold, facts)
+    write_tables(out, rows, found.threshold, stored.score_rule, facts)
 
 
 def check_judged_folder(out: Path) -> None:
@@ -137,7 +146,7 @@ def check_judged_folder(out: Path) -> None:
         )
 
 
-def _json_rows(file: Path, text: str) -> tuple[list[Any], float | None]:
+def _json_rows(file: Path, text: str) -> tuple[list[Any], float | None, ScoreRule | None]:
     try:
         document = json.loads(text)
     except ValueError as error:
@@ -148,10 +157,16 @@ def _json_rows(file: Path, text: str) -> tuple[list[Any], float | None]:
     threshold = document.get("threshold")
     if not (threshold is None or is_number(threshold)):
         raise ValueError(f"{file} has the threshold {threshold!r}; it must be a number or null")
-    return rows, None if threshold is None else float(threshold)
+    rule = document.get("score_rule")
+    whole = isinstance(rule, int) and not isinstance(rule, bool) and rule > 0
+    if not (rule is None or rule == "max" or whole):
+        raise ValueError(
+            f"{file} has the score_rule {rule!r}; it must be 'max', a number of cells or null"
+        )
+    return rows, None if threshold is None else float(threshold), rule
 
 
-def _csv_rows(file: Path, text: str) -> tuple[list[Any], float | None]:
+def _csv_rows(file: Path, text: str) -> list[Any]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
     try:
         columns, rows = set(reader.fieldnames or ()), list(reader)
@@ -161,7 +176,7 @@ def _csv_rows(file: Path, text: str) -> tuple[list[Any], float | None]:
         raise ValueError(
             f"{file} has no columns path and score; it must be a scores.json or scores.csv of a run"
         )
-    return rows, None
+    return rows
 
 
 def _image(file: Path, number: int, row: object) -> StoredScore:

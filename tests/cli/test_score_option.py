@@ -52,6 +52,7 @@ def test_calibrate_changes_the_score_or_keeps_it(folder, tmp_path, monkeypatch, 
     assert run("predict", tmp_path / "mean.safetensors", picture, *words) == 0
     document = json.loads((tmp_path / "results" / "scores.json").read_text())
     assert "The score of an image is the mean of the 10 largest cells." in document["notes"]
+    assert document["score_rule"] == 10
     assert document["images"][0]["score"] == pytest.approx(score, abs=2e-3)
     capsys.readouterr()
     assert run("info", tmp_path / "mean.safetensors") == 0

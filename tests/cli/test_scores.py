@@ -17,12 +17,13 @@ def run(*arguments) -> int:
     return main([str(a) for a in arguments])
 
 
-def store(folder, scores, threshold=0.5, labels=None):
+def store(folder, scores, threshold=0.5, labels=None, **facts):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"path": f"{i:04}.png", "score": float(score)} for i, score in enumerate(scores)]
     for row, label in zip(rows, labels or [], strict=bool(labels)):
         row["label"] = label
-    (folder / "scores.json").write_text(json.dumps({"threshold": threshold, "images": rows}))
+    document = {"threshold": threshold, "images": rows, **facts}
+    (folder / "scores.json").write_text(json.dumps(document))
     return folder
 
 
@@ -97,6 +98,19 @@ def test_no_drift(model_file, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out.endswith("no drift\n")
     assert "judged by 0.4 and the detector's threshold is 0.5" in printed.err
+
+
+def test_scores_of_another_rule_are_refused(model_file, tmp_path, capsys):
+    scores = np.random.default_rng(2).normal(0.2, 0.05, 100)
+    folder = store(tmp_path / "run", scores, score_rule=64)
+    assert run("drift", folder, model_file) == 2
+    said = capsys.readouterr().err
+    assert "is the mean of the 64 largest cells" in said
+    assert "the maximum of the map; they do not compare" in said
+    assert run("judge", folder, "--threshold", 0.7) == 0
+    assert "is the mean of the 64 largest cells. The threshold must" in capsys.readouterr().out
+    assert run("drift", folder / "judged", model_file) == 2
+    assert run("drift", store(tmp_path / "max", scores, score_rule="max"), model_file) == 0
 
 
 def test_a_detector_without_scores_is_told_what_to_do(tmp_path, capsys):

@@ -94,6 +94,7 @@ def test_everything_is_on_disk(result):
     assert [float(r["score"]) for r in rows] == evaluation.scores
     document = json.loads((out / "scores.json").read_text())
     assert document["metrics"]["image AU-ROC"] == evaluation.metrics["image AU-ROC"]
+    assert document["score_rule"] == "max"
     assert (out / "report.html").stat().st_size > 10_000
     assert not list(out.rglob("*.part"))
 

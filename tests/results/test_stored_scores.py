@@ -19,7 +19,7 @@ LABELS = [0, 0, 1, 1, None]
 @pytest.fixture
 def run(tmp_path):
     """A run's output folder; one name has a comma, quotes and a line break."""
-    folder = ResultFolder(tmp_path / "run", 0.5)
+    folder = ResultFolder(tmp_path / "run", 0.5, score=64)
     for i, (score, label) in enumerate(zip(SCORES, LABELS, strict=True)):
         heat = np.full((4, 5), score, np.float32)
         name = 'a, "b"\nc.png' if i == 1 else f"{i}.png"
@@ -42,7 +42,8 @@ def test_what_a_run_wrote_is_read(run, name):
     assert [image.label for image in stored.images] == LABELS
     assert stored.images[1].path == 'a, "b"\nc.png'
     assert [image.defect for image in stored.images] == ["good", "good", "dent", "dent", None]
-    assert stored.threshold == (None if name == "scores.csv" else 0.5)
+    known = (None, None) if name == "scores.csv" else (0.5, 64)
+    assert (stored.threshold, stored.score_rule) == known
     kinds = stored.by_kind()
     assert {kind: len(scores) for kind, scores in kinds.items()} == {
         "good": 2,
@@ -78,7 +79,7 @@ def test_a_judgement_is_read_like_a_run_and_replaced_by_the_next(run, tmp_path):
     for threshold in (0.7, 0.9):
         write_judged(tmp_path / "judged", stored, judge(stored, threshold))
     again = read_scores(tmp_path / "judged")
-    assert again.threshold == 0.9
+    assert (again.threshold, again.score_rule) == (0.9, 64)
     assert [image.path for image in again.images] == [image.path for image in stored.images]
     document = json.loads((tmp_path / "judged" / "scores.json").read_text())
     assert [row["is_anomalous"] for row in document["images"]] == [False] * 3 + [True, False]
@@ -112,6 +113,10 @@ def test_scores_of_a_run_are_not_replaced(run, tmp_path, name):
         ('{"images": [{"path": "a", "score": true}]}', "image 1: score is True"),
         ('{"images": [{"path": "a", "score": [1]}]}', r"image 1: score is \[1\]"),
         ('{"images": [], "threshold": "x"}', "has the threshold 'x'"),
+        ('{"images": [], "score_rule": "mean"}', "has the score_rule 'mean'"),
+        ('{"images": [], "score_rule": 0}', "has the score_rule 0"),
+        ('{"images": [], "score_rule": true}', "has the score_rule True"),
+        ('{"images": [], "score_rule": 2.0}', "has the score_rule 2.0"),
         ('{"images": [{"path": "a", "score": 1, "label": 2}]}', "label is 2"),
         ('{"images": [{"path": "a", "score": 1, "label": [1]}]}', r"label is \[1\]"),
         ('{"images": [{"path": "a", "score": 1, "label": true}]}', "label is True"),
