@@ -104,8 +104,7 @@ def evaluate(
         data: a `DataSet`, or a folder in one of the layouts of `open_dataset`.
         out: folder for `report.html`, `scores.csv` and `scores.json`; None writes nothing.
         maps: also write `maps/<object>/test/<defect>/<stem>.tiff`, float32 at the image's own size,
-            as the MVTec evaluation scripts read them. Where images of a defect differ in nothing
-            but the suffix, the name keeps it.
+            as the MVTec evaluation scripts read them; names alike but for the suffix keep it.
         overlays: also write a picture per image.
         min_area: regions above the threshold of fewer pixels of the image are not listed in `out`.
         notes: sentences for the report.
