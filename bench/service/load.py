@@ -3,11 +3,13 @@
     python -m bench.service.load --pictures 200000 --kills 5          # the network a light stub
     python -m bench.service.load --pictures 2000 --network real       # EfficientAD-S
 
-Each client sends one picture after the other on one connection and notes what was answered; where
-the service is gone it sends the same picture again. At the end every answered verdict must be in
-the store, with its score and its picture byte by byte; no picture may lie there without a verdict;
-and the service's resident memory must not grow between a tenth of a stretch without a kill and its
-end. The scores must be those of the predictor alone. Exit code 1 if any of this fails.
+First one client and the bare predictor take turns, so that both are timed on the same machine in
+the same minutes, from a file's bytes to its verdict or score. Then all clients send, each one
+picture after the other on one connection, and note what was answered; where the service is gone a
+client sends the same picture again. At the end every answered verdict must be in the store, with
+its score and its picture byte by byte; no picture may lie there without a verdict; and the
+service's resident memory must not grow between a tenth of a stretch without a kill and its end. The
+scores must be those of the predictor alone. Exit code 1 if any of this fails.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from efficientad.model.synthetic import frames
 from efficientad.service.store import PICTURES, Store
 
 KINDS = 32  # different pictures
+BLOCK = 20  # calls in a row, of the service and of the bare predictor in turn
 GROWTH = 0.05  # of resident memory, within a stretch
 GONE = (ConnectionError, asyncio.IncompleteReadError, OSError, TimeoutError)
 
@@ -93,6 +96,7 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     refused: int = 0
     sent_again: int = 0
+    serving: float = 0.0  # seconds, from the first answer after a start to the next kill or the end
 
 
 async def client(run: Run) -> None:
@@ -140,18 +144,25 @@ async def drive(run: Run, service: Service, clients: int, kills: int) -> None:
     senders = [asyncio.create_task(client(run)) for _ in range(clients)]
     marks = [total * (i + 1) // (kills + 1) for i in range(kills)]
     tenth = total / (kills + 1) / 10
-    since = 0
+    since, shown, began = 0, 0, None
     while not all(sender.done() for sender in senders):
         await asyncio.sleep(0.05)
-        done = len(run.answered)
+        done, now = len(run.answered), time.perf_counter()
+        if began is None and done > since:
+            began = now
         if done - since > tenth:
             service.sample()
+        if 10 * done // total > shown:
+            shown = 10 * done // total
+            print(f"{done} of {total} pictures are answered", file=sys.stderr, flush=True)
         if marks and done >= marks[0]:
             marks.pop(0)
             service.stop(signal.SIGKILL)
+            run.serving += now - (began or now)
             await asyncio.to_thread(service.start)
-            since = len(run.answered)
+            since, began = len(run.answered), None
     await asyncio.gather(*senders)
+    run.serving += time.perf_counter() - (began or time.perf_counter())
 
 
 def check(run: Run, store: Path, expected: list[float], bound: float) -> tuple[list[str], int]:
@@ -190,6 +201,22 @@ def bare(predictor: FastPredictor, files: list[bytes], calls: int) -> list[float
     return seconds
 
 
+def in_turn(predictor: FastPredictor, run: Run, calls: int) -> list[float]:
+    """Send so many pictures by one client, and score as many without the service, in blocks.
+
+    The client's seconds are in `run`. The first block of either is not timed.
+    """
+    alone: list[float] = []
+    for block in range(-(-calls // BLOCK) + 1):
+        if block == 1:
+            run.seconds.clear()
+            alone.clear()
+        run.left = BLOCK
+        asyncio.run(client(run))
+        alone += bare(predictor, run.files, BLOCK)
+    return alone
+
+
 def milliseconds(seconds: list[float]) -> dict[str, float]:
     """p50 and p99."""
     p50, p99 = np.percentile(seconds, (50, 99)) * 1000
@@ -203,7 +230,6 @@ def load(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     predictor = kind(judged_detector(), device=options.device, dtype=dtype)
     files = pictures()
     expected = [float(predictor(data).cpu().score) for data in files]
-    alone = bare(predictor, files, min(options.pictures, 200))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -211,16 +237,19 @@ def load(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     words += ["--device", options.device, *(["--no-fsync"] if options.no_fsync else [])]
     service = Service([sys.executable, "-m", "bench.service.serving", *words], port)
     service.start()
-    run = Run(options.pictures, files, port)
+    one, run = Run(0, files, port), Run(options.pictures, files, port)
+    alone = in_turn(predictor, one, options.calls)
     start = time.perf_counter()
     asyncio.run(drive(run, service, options.clients, options.kills))
     seconds = time.perf_counter() - start
     code = service.stop(signal.SIGTERM)
+    answered = len(run.answered)
+    run.answered |= one.answered
     problems, stored = check(run, folder, expected, BOUNDS[predictor.dtype][0])
     if code:
         problems.append(f"the service ended with {code}")
-    if len(run.answered) != options.pictures:
-        problems.append(f"{len(run.answered)} of {options.pictures} pictures were answered")
+    if answered != options.pictures:
+        problems.append(f"{answered} of {options.pictures} pictures were answered")
     growth = [stretch[-1] / stretch[0] - 1 for stretch in service.memory if len(stretch) > 1]
     if any(part > GROWTH for part in growth):
         problems.append(f"resident memory grew by {max(growth):.1%} in a stretch")
@@ -230,13 +259,18 @@ def load(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "kills": options.kills,
         "network": options.network,
         "durable": not options.no_fsync,
-        "answered": len(run.answered),
+        "answered": answered,
         "stored": stored,
         "refused_for_now": run.refused,
         "sent_again": run.sent_again,
         "seconds": round(seconds, 1),
+        "pictures_per_second_while_serving": run.serving and round(answered / run.serving, 2),
         "service": milliseconds(run.seconds),
-        "bare_predictor_with_decoding": milliseconds(alone),
+        "in_turn": {
+            "calls": len(alone),
+            "service_with_one_client": milliseconds(one.seconds),
+            "bare_predictor_with_decoding": milliseconds(alone),
+        },
         "growth_of_memory_by_stretch": [round(part, 4) for part in growth],
         "resident_at_the_end": service.memory[-1][-1] if service.memory[-1] else None,
         "problems": problems,
@@ -249,12 +283,20 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=200_000)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument(
+        "--calls", type=int, default=200, help="of one client, and of the bare predictor, in turn"
+    )
     parser.add_argument("--network", choices=("stub", "real"), default="stub")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-fsync", action="store_true", help="as of `efficientad serve`")
     parser.add_argument("--store", type=Path, help="a new folder (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     options = parser.parse_args()
+    for name in ("pictures", "clients", "calls"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if not 0 <= options.kills < options.pictures:
+        parser.error(f"--kills is {options.kills}; it must be 0 or more and less than --pictures")
     if options.store is not None and options.store.exists():
         parser.error(f"--store is {options.store}, which exists; name a new folder")
     with tempfile.TemporaryDirectory() as name:

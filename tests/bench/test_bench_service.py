@@ -55,10 +55,23 @@ def test_pictures_that_do_not_belong_are_found(store):
 @pytest.mark.slow
 def test_a_small_load_with_a_kill_loses_nothing(tmp_path):
     options = argparse.Namespace(
-        pictures=120, clients=8, kills=1, network="stub", device="cpu", no_fsync=False
+        pictures=120,
+        clients=8,
+        kills=1,
+        calls=30,
+        network="stub",
+        device="cpu",
+        no_fsync=False,
     )
     result = load(options, tmp_path / "store")
     assert result["problems"] == []
     assert result["answered"] == 120
-    assert result["stored"] >= 120
+    assert result["stored"] >= 120 + 40 + 20  # two blocks that are timed, and one before
+    turns = result["in_turn"]
+    assert turns["calls"] == 40
+    assert (
+        0 < turns["service_with_one_client"]["p50_ms"] <= turns["service_with_one_client"]["p99_ms"]
+    )
+    assert turns["bare_predictor_with_decoding"]["p50_ms"] > 0
+    assert result["pictures_per_second_while_serving"] > 0
     assert result["sent_again"] > 0
