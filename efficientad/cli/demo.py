@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from efficientad.cli.common import EXIT_OK, print_metrics, progress_bars
-from efficientad.cli.serve import require_extra, serve_model
+from efficientad.cli.serve import HOST, PORT, require_extra, require_port, serve_model
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
@@ -25,12 +25,15 @@ def run_demo(options: argparse.Namespace) -> int:
 
     if options.serve:
         require_extra()  # not after minutes of training
+        require_port()
     with progress_bars() as progress:
         result = run(options.out, seed=options.seed, progress=progress)
     print_metrics(result.metrics)
     print(f"report: {options.out / 'report' / 'report.html'}")
     if options.serve:
         picture = options.out / "parts" / "test" / "stain" / "000.png"
-        print(f"send a part: curl --data-binary @{picture} http://127.0.0.1:8000/predict")
+        print(
+            f"send a part: curl --data-binary @{picture} http://{HOST}:{PORT}/predict", flush=True
+        )
         return serve_model(options.out / "detector.safetensors", options.out / "verdicts")
     return EXIT_OK

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from efficientad.service.server import Settings
 
 KEY = "EFFICIENTAD_API_KEY"  # environment variable
+HOST, PORT = "127.0.0.1", 8000  # unless said otherwise
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -41,8 +42,8 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
 
 def add_service(command: argparse.ArgumentParser) -> None:
     """Add the options of a service, which `settings_of` and `predictors_of` read."""
-    command.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1)")
-    command.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
+    command.add_argument("--host", default=HOST, help=f"address (default {HOST})")
+    command.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: a free one")
     command.add_argument(
         "--store", type=Path, default=Path("verdicts"), help="folder of the verdicts"
     )
@@ -171,6 +172,13 @@ def require_extra() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise ImportError(f"serve needs {package}: pip install 'efficientad[serve]'") from error
+
+
+def require_port() -> None:
+    """Raise OSError unless a service can listen where it does by default."""
+    from efficientad.service.server import bound_socket
+
+    bound_socket(HOST, PORT).close()
 
 
 def _key(options: argparse.Namespace) -> str | None:

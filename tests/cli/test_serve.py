@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -171,10 +172,21 @@ def test_the_demo_serves_its_detector(capsys, tmp_path, monkeypatch):
     ran = []
     monkeypatch.delenv(serve.KEY, raising=False)
     monkeypatch.setattr(serve, "run_serve", lambda options: ran.append(options) or 0)
-    result = types.SimpleNamespace(metrics={})
-    monkeypatch.setattr("efficientad.demo.walkthrough.run", lambda out, **options: result)
+    result, began = types.SimpleNamespace(metrics={}), []
+    monkeypatch.setattr(
+        "efficientad.demo.walkthrough.run", lambda out, **options: began.append(out) or result
+    )
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    monkeypatch.setattr(serve, "PORT", taken.getsockname()[1])
     assert command_line.main(["demo", "--out", str(tmp_path)]) == 0
     assert ran == []
+    began.clear()
+    assert command_line.main(["demo", "--out", str(tmp_path), "--serve"]) == 2
+    assert "cannot listen on 127.0.0.1 port" in capsys.readouterr().err
+    assert began == []  # it is said before the training, not after it
+    taken.close()
     assert command_line.main(["demo", "--out", str(tmp_path), "--serve"]) == 0
     assert f"curl --data-binary @{tmp_path}" in capsys.readouterr().out
     (options,) = ran
