@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from efficientad import __version__
+from efficientad.cli.archive import add_archive, run_archive
 from efficientad.cli.benchmark import add_benchmark, run_benchmark
 from efficientad.cli.common import EXIT_STOPPED, EXIT_USAGE
 from efficientad.cli.demo import add_demo, run_demo
@@ -40,6 +41,7 @@ Run = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, tuple[Add, Run]] = {  # in the order of the help
     "train": (add_train, run_train),
     "predict": (add_predict, run_predict),
+    "archive": (add_archive, run_archive),
     "serve": (add_serve, run_serve),
     "watch": (add_watch, run_watch),
     "evaluate": (add_evaluate, run_evaluate),

@@ -1,0 +1,102 @@
+"""Manifest to rows on Ray Data: read, decode, score, write."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from efficientad.archive.cluster import Processes
+from efficientad.archive.output import Places
+from efficientad.archive.rows import decoded, scored
+from efficientad.fast.frame_inputs import FramePredictor
+from efficientad.utils.checks import ValueRange
+
+BLOCK = 64  # rows of the manifest that one process decodes at a time
+FILE = 512  # rows of a file of the result at least, but for the last ones
+_FILTER_MEMORY = 64 << 20  # that Ray reserves for the process that leaves out what is done
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the processes are given.
+
+    Attributes:
+        root: see `Manifest`. value_range: the detector's. digest: of its file.
+        predictor: makes what scores, in each scoring process. batch: pictures in one step.
+    """
+
+    root: str
+    value_range: ValueRange | None
+    digest: str
+    predictor: Callable[[], FramePredictor]
+    batch: int
+
+
+class Decoder:
+    """A process that reads and decodes."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        yield from decoded(rows, self._work.root, self._work.value_range)
+
+
+class Scorer:
+    """A process that has a predictor."""
+
+    def __init__(self, work: Work) -> None:
+        self._predictor, self._digest = work.predictor(), work.digest
+
+    def __call__(self, frames: pa.Table) -> pa.Table:
+        return scored(frames, self._predictor, self._digest)
+
+
+def run(
+    places: Places, work: Work, share: Processes, *, block: int = BLOCK, file: int = FILE
+) -> None:
+    """Score what the checkpoint does not name, and write it.
+
+    block, file: see BLOCK and FILE.
+
+    Raises what Ray raises where a process fails again and again.
+    """
+    from ray.data.checkpoint import CheckpointConfig
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    config = CheckpointConfig("id", str(places.checkpoint), delete_checkpoint_on_success=False)
+    config.checkpoint_actor_pool_max_size = 1
+    config.checkpoint_actor_memory_bytes = _FILTER_MEMORY
+    context.checkpoint_config = config
+    options: dict[str, Any] = {"batch_format": "pyarrow", "zero_copy_batch": True}
+    constructor = {"fn_constructor_args": (work,)}
+    (
+        ray.data.read_parquet(str(places.manifest))
+        .repartition(target_num_rows_per_block=block)
+        .map_batches(
+            Decoder,
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=share.decoders),
+            num_cpus=1,
+            **constructor,
+            **options,
+        )
+        .map_batches(
+            Scorer,
+            batch_size=work.batch,
+            compute=ray.data.ActorPoolStrategy(size=share.scorers),
+            num_cpus=share.scorer_cpus,
+            num_gpus=share.scorer_gpus,
+            **constructor,
+            **options,
+        )
+        .write_parquet(str(places.rows), mode="append", min_rows_per_file=file)
+    )
