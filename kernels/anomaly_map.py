@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .common import target_of
 from .grouped import ARCHITECTURES, Tile, from_table
+from .launching import launch
 
 REDUCE_BLOCK = 1024  # programs' maxima that one step of the second kernel reads
 MAX_PIXELS = 2**30  # of a map; pixel numbers are int32
@@ -162,16 +163,18 @@ def _launch(
         return
     blocks = triton.cdiv(pixels, tile.bm)
     maxima = score.new_empty((n, blocks))
-    _anomaly_map_kernel[(n * blocks,)](
+    launch(
+        _anomaly_map_kernel, n * blocks,
         map_st, map_ae, n * height * width, affine, *region, map_out, maxima,
         height, width, *size, blocks,
         height_padded / size[0], width_padded / size[1],
         PARTS=parts, PAD=padding, SCAN=size[0] < height_padded or size[1] < width_padded,
         BLOCK=tile.bm, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    _score_kernel[(n,)](
+    launch(
+        _score_kernel, n,
         maxima, score, blocks, BLOCK=REDUCE_BLOCK, num_warps=4, num_stages=1, enable_fp_fusion=True
-    )
+    )  # fmt: skip
 
 
 def anomaly_map(

@@ -24,6 +24,7 @@ from .grouped import (
     sum_of_squares,
     uses_tma,
 )
+from .launching import launch
 
 # 147 programs for one image, and the decoder's last layer has 9 steps.
 _LAST = Tile(64, 128, 128, warps=4, stages=4)
@@ -142,7 +143,8 @@ def autoencoder_distance(
         return out
     w = filters(weight_autoencoder, c, 9 * ca, bn, values["BK"], values["USE_TMA"])
     bias = bias[c:]
-    _autoencoder_distance_kernel[(triton.cdiv(pixels, tile.bm) * (c // bn),)](
+    launch(
+        _autoencoder_distance_kernel, triton.cdiv(pixels, tile.bm) * (c // bn),
         autoencoder, w, second, bias, bias if scale is None else scale[c:], out,
         height, width, pixels, **values,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .common import needs_fence, proxy_fence, relu, target_of
 from .grouped import ARCHITECTURES, Tile, check_rows, divisor, from_table
+from .launching import launch
 
 SPLITS = 32  # of K; the same for every batch, so that an image's result does not depend on it
 SIDE = tl.constexpr(8)  # rows and columns of x and of the encoder's filter
@@ -155,12 +156,14 @@ def _launch(x, weight_encoder, bias_encoder, weight, bias, out, images, *, targe
     parts = bias.new_empty((SPLITS, images, channels))
     tiles = triton.cdiv(images, tile.bm)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    _encode_kernel[(tiles * (channels // encode["BN"]) * SPLITS,)](
+    launch(
+        _encode_kernel, tiles * (channels // encode["BN"]) * SPLITS,
         x, weight_encoder, parts, images, **encode, **options
-    )
-    _decode_kernel[(tiles * (cout // decode["BN"]) * OUT.value**2,)](
+    )  # fmt: skip
+    launch(
+        _decode_kernel, tiles * (cout // decode["BN"]) * OUT.value**2,
         parts, images * channels, bias_encoder, weight, bias, out, images, **decode, **options
-    )
+    )  # fmt: skip
 
 
 def bottleneck(

@@ -28,6 +28,7 @@ from .grouped import (
     sum_window,
     uses_tma,
 )
+from .launching import launch
 
 SMALL = 8 * 61 * 61  # stored pixels: eight images of 256x256
 
@@ -220,7 +221,8 @@ def _launch(
     bn = values["BN"]
     w = filters(weight[0], sum(couts), kernel * kernel * cin, bn, values["BK"], values["USE_TMA"])
     programs = triton.cdiv(pixels * (4 if pool else 1), tile.bm) * (sum(couts) // bn)
-    _conv_kernel[(programs,)](
+    launch(
+        _conv_kernel, programs,
         x[0], distance(x),
         w,
         bias[0],

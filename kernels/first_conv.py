@@ -22,6 +22,7 @@ from .grouped import (
     stored,
     sum_window,
 )
+from .launching import launch
 
 # K is 64 in every tile: one step, so nothing to pipeline. The kernel waits for its pixels and its
 # stores, and what counts is how many programs an SM holds: two of 128x128 where they need at most
@@ -139,7 +140,8 @@ def _launch(x, weight, bias, out, out_size, *, target, tile, pool_padding, pool_
     if pixels == 0:
         return
     programs = triton.cdiv(4 * pixels, tile.bm) * (sum(couts) // values["BN"])
-    _first_conv_kernel[(programs,)](
+    launch(
+        _first_conv_kernel, programs,
         x,
         weight[0],
         bias[0],

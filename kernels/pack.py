@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .common import target_of
 from .grouped import architecture, check_rows
+from .launching import launch
 
 BLOCK = 256  # pixels a program; bound by memory on every architecture, so one choice serves all
 WARPS = 4
@@ -67,7 +68,8 @@ def _launch(image, mean, std, out, channels_last: bool, border: int, size: tuple
     if pixels == 0:
         return
     dims = (0, 1, 2, 3) if channels_last else (0, 2, 3, 1)
-    _pack_kernel[(triton.cdiv(pixels, BLOCK),)](
+    launch(
+        _pack_kernel, triton.cdiv(pixels, BLOCK),
         image, *[image.stride(dim) for dim in dims],
         mean,
         std,

@@ -30,6 +30,7 @@ from .grouped import (
     sum_of_squares,
     uses_tma,
 )
+from .launching import launch
 
 SMALL = 16 * 56 * 56 - 1  # pixels of a map: fewer than sixteen images of 256x256
 
@@ -235,7 +236,8 @@ def _launch(
         ]
 
     tiles = triton.cdiv(pixels, tile.bm) * (c // (tile.bn + tile.bn_tail))
-    _pair_distance_kernel[(2 * tiles,)](
+    launch(
+        _pair_distance_kernel, 2 * tiles,
         teacher,
         student,
         autoencoder,

@@ -14,6 +14,7 @@ import triton.language as tl
 from . import conv
 from .common import relu, target_of
 from .grouped import Tile, check_rows, divisor, from_table
+from .launching import launch
 
 
 class Apart(Tile):
@@ -232,7 +233,8 @@ def _launch(x, weight, bias, out, size, *, padding, rows, cols, target, tile) ->
     if isinstance(tile, Apart):
         _launch_apart(x, weight, bias, out, size, padding, target, tile)
         return
-    _resize_conv_kernel[(triton.cdiv(pixels, tile.bm) * (cout // values["BN"]),)](
+    launch(
+        _resize_conv_kernel, triton.cdiv(pixels, tile.bm) * (cout // values["BN"]),
         x, weight, bias, rows, cols, out, height, width, *size, out_height, out_width,
         n_rows, n_cols, pixels, height / size[0], width / size[1], **values,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
@@ -250,7 +252,8 @@ def _launch_apart(x, weight, bias, out, size, padding: int, target: int, tile: A
     pixels = n * size[0] * size[1]
     check_rows(pixels)
     values = resize_constants(cin)
-    _resize_kernel[(triton.cdiv(pixels, RESIZED) * (cin // values["BC"]),)](
+    launch(
+        _resize_kernel, triton.cdiv(pixels, RESIZED) * (cin // values["BC"]),
         x, up, height, width, *size, pixels, height / size[0], width / size[1], **values,
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .common import needs_fence, proxy_fence, relu, target_of
 from .grouped import Tile, check_rows, divisor, from_table
+from .launching import launch
 
 # A tile has to fit beside a PDN's 192 KiB and 157 registers a thread: 32 KiB of shared memory and
 # about 100 registers. Limits are output pixels; a batch of one has 16384 of them in the first
@@ -173,8 +174,8 @@ def _launch(x, weight, bias, out, size, *, stride, padding, relu, target, tile) 
     )
     if pixels == 0:
         return
-    grid = (triton.cdiv(pixels, tile.bm) * (values["COUT"] // values["BN"]),)
-    _strided_conv_kernel[grid](
+    launch(
+        _strided_conv_kernel, triton.cdiv(pixels, tile.bm) * (values["COUT"] // values["BN"]),
         x, x.stride(0), x.stride(1), weight, bias, out, height, width, *size, pixels, **values,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from bench.predictor import peers
 from bench.predictor.options import FP8, Options, wanted
 from bench.record import Row
+from efficientad.aot.building import DTYPES, build_bundle
 from efficientad.benchmark import end_to_end
 from efficientad.benchmark.cold_start import cold_start
 from efficientad.benchmark.contenders import (
@@ -183,17 +185,22 @@ class Bench:
         return race(field, **self.options.counts)
 
     def cold_start(self, size: str, side: int, dtype: str) -> list[Row]:
-        """Fresh processes; on CUDA first one that has to compile its kernels."""
+        """Fresh processes; on CUDA one that has to compile its kernels, one that finds them in
+        Triton's cache, and one that has no cache but a kernel bundle."""
         judged = self.ours(size, side, dtype, 1).row
         if judged["no_time"]:
             return [judged | {"kind": "cold_start"}]
         self.release()
-        caches = (True, False) if self.options.device.type == "cuda" else (False,)
-        detector, device = self.detector(size, side, dtype), str(self.options.device)
-        found = [
-            cold_start(detector, device=device, dtype=dtype, batch_sizes=(1,), empty_cache=empty)
-            for empty in caches
-        ]
+        detector, device = self.detector(size, side, dtype), self.options.device
+        start = partial(cold_start, detector, device=str(device), dtype=dtype, batch_sizes=(1,))
+        if device.type != "cuda":
+            return [start(empty_cache=False) | accuracy_of(judged)]
+        found = [start(empty_cache=empty) for empty in (True, False)]
+        if dtype in DTYPES:
+            arch = "{}{}".format(*torch.cuda.get_device_capability(device))
+            path = self.folder / f"{size}-{side}-{dtype}.kernels"
+            build_bundle(detector, path, arch, dtype=dtype, batch_sizes=(1,))
+            found.append(start(empty_cache=True, bundle=path))
         return [r | accuracy_of(judged) for r in found]
 
 

@@ -32,6 +32,7 @@ def cold_start(
     dtype: str = "auto",
     batch_sizes: Sequence[int] | None = None,
     empty_cache: bool = False,
+    bundle: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Seconds from nothing to the first result, in a fresh process: a row of kind "cold_start".
 
@@ -45,6 +46,8 @@ def cold_start(
         device, dtype, batch_sizes: as `FastPredictor` takes them.
         empty_cache: give the process an empty cache of compiled Triton kernels; otherwise it finds
             what earlier ones left.
+        bundle: a kernel bundle for the process, or None; what the predictor says of it is in the
+            row.
 
     Raises:
         RuntimeError: the process failed; the message has its last line. Or it took 10 minutes.
@@ -60,6 +63,8 @@ def cold_start(
         if batch_sizes is not None:
             command += ["--batch-sizes", *map(str, batch_sizes)]
         variables = {"TRITON_CACHE_DIR": str(Path(folder) / "cache")} if empty_cache else {}
+        if bundle is not None:
+            command += ["--bundle", os.fspath(bundle)]
         start = time.perf_counter()
         try:
             done = subprocess.run(
@@ -75,6 +80,7 @@ def cold_start(
     ms = round(found["construction_s"] * 1e3 + found["first_call_ms"], 2)
     same = dict.fromkeys(("p50_ms", "p90_ms", "p99_ms", "max_ms", "mean_ms"), ms)
     name = "cold start, empty kernel cache" if empty_cache else "cold start"
+    name = name if bundle is None else f"{name}, kernel bundle"
     shape = {"size": detector.size, "batch": 1, "image_size": list(detector.image_size)}
     counts = {"spread_ms": 0.0, "calls": 1, "warmup": 0, "process_s": round(seconds, 3)}
     return row("cold_start", name, **shape, **same, **counts, **found)
@@ -87,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch-sizes", type=int, nargs="+")
+    parser.add_argument("--bundle")
     options = parser.parse_args(arguments)
     clock = [time.perf_counter()]
     from efficientad.checkpoint.loading import load
@@ -97,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     detector = load(options.file)
     clock.append(time.perf_counter())
     predictor = FastPredictor(
-        detector, device=options.device, dtype=options.dtype, batch_sizes=options.batch_sizes
-    )
+        detector, device=options.device, dtype=options.dtype, batch_sizes=options.batch_sizes,
+        bundle=options.bundle,
+    )  # fmt: skip
     clock.append(time.perf_counter())
     frame = frames(1, *predictor.image_size)[0]
     for _ in range(2):
@@ -107,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clock.append(time.perf_counter() - start)
     first, second = (round(s * 1e3, 2) for s in clock[4:])
     seconds = [round(b - a, 3) for a, b in itertools.pairwise(clock[:4])]
-    facts = {name: predictor.facts[name] for name in ("dtype", "device", "backend")}
+    facts = {name: predictor.facts[name] for name in ("dtype", "device", "backend", "bundle")}
     facts |= dict(zip(("import_s", "load_s", "construction_s"), seconds, strict=True))
     facts |= {"first_call_ms": first, "second_call_ms": second}
     facts |= {"device_mb": round(predictor.max_memory / 1e6, 1), "host_mb": _peak_resident_mb()}

@@ -21,9 +21,11 @@ from efficientad.cli.demo import add_demo, run_demo
 from efficientad.cli.distill import add_distill, run_distill
 from efficientad.cli.evaluate import add_calibrate, add_evaluate, run_calibrate, run_evaluate
 from efficientad.cli.model_files import (
+    add_bundle,
     add_convert,
     add_export,
     add_info,
+    run_bundle,
     run_convert,
     run_export,
     run_info,
@@ -50,6 +52,7 @@ COMMANDS: dict[str, tuple[Add, Run]] = {  # in the order of the help
     "drift": (add_drift, run_drift),
     "convert": (add_convert, run_convert),
     "export": (add_export, run_export),
+    "bundle": (add_bundle, run_bundle),
     "distill": (add_distill, run_distill),
     "benchmark": (add_benchmark, run_benchmark),
     "info": (add_info, run_info),

@@ -1,9 +1,10 @@
-"""The commands `efficientad convert`, `export` and `info`: a model as a file, and what is there."""
+"""The commands `convert`, `export`, `bundle` and `info`: a model as a file, and what is there."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from efficientad import __version__
 from efficientad.cli.common import EXIT_OK, refuse_overwrite
 
 FORMATS = ("onnx", "aoti")  # of `exporting.FORMATS`, without importing torch for the help
+BUNDLE_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")  # of `building.DTYPES`, likewise
 _LONG = 12  # values in a list that `info` still prints
 
 
@@ -96,10 +98,50 @@ def run_export(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def add_bundle(commands: argparse._SubParsersAction) -> None:
+    """Add the command's parser to those of the command line."""
+    command = commands.add_parser(
+        "bundle",
+        help="compile the kernels of a GPU, which need not be here, into a file",
+        description="Compile the kernels with which a GPU runs a detector into a file, on any "
+        "machine with Triton. EFFICIENTAD_BUNDLE=FILE, or FastPredictor(bundle=FILE), then needs "
+        "no compiler. The file serves every detector of the same shape.",
+    )
+    command.add_argument("model", help="detector file, or another project's checkpoint")
+    command.add_argument("out", type=Path, help="the file to write, such as screw.sm_90.kernels")
+    command.add_argument("--arch", required=True, help="of the GPU, such as sm_90")
+    command.add_argument("--dtype", choices=BUNDLE_DTYPES, default=BUNDLE_DTYPES[0])
+    command.add_argument(
+        "--batch-sizes", type=int, nargs="+", metavar="N", help="default: FastPredictor's, 1 4 16"
+    )
+    command.add_argument(
+        "--fp8-layers", choices=("second", "inner", "all"), default="second", help="of fp8"
+    )
+    command.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def run_bundle(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from efficientad.aot.building import build_bundle
+    from efficientad.checkpoint.loading import load
+
+    refuse_overwrite(options.out, options.force)
+    bundle = build_bundle(
+        load(options.model),
+        options.out,
+        options.arch,
+        dtype=options.dtype,
+        batch_sizes=options.batch_sizes,
+        fp8_layers=options.fp8_layers,
+    )
+    print(f"saved: {options.out} ({bundle.facts()['kernels']})")
+    return EXIT_OK
+
+
 def add_info(commands: argparse._SubParsersAction) -> None:
     """Add the command's parser to those of the command line."""
-    command = commands.add_parser("info", help="what is installed, or what is in a detector file")
-    command.add_argument("model", nargs="?")
+    command = commands.add_parser("info", help="what is installed, or what is in a file")
+    command.add_argument("model", nargs="?", help="detector file or kernel bundle")
     command.add_argument("--json", action="store_true")
 
 
@@ -125,11 +167,14 @@ def _shortened(value: Any) -> Any:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """What is in a detector file."""
+    """What is in a detector file or a kernel bundle."""
     from efficientad.checkpoint.loading import load
     from efficientad.model.image_score import described
     from efficientad.model.region import share
+    from efficientad.ops.kernel_bundle import is_bundle
 
+    if is_bundle(path):
+        return {"file": path, **bundle_facts(path)}
     detector = load(path)
     facts: dict[str, Any] = {
         "file": path,
@@ -155,11 +200,27 @@ def describe(path: str) -> dict[str, Any]:
         fast = FastPredictor(detector, batch_sizes=(1,)).facts
         facts["fast path"] = f"{fast['backend']}, {fast['dtype']}, {fast['device']}"
         facts["precision"] = fast["precision"]
+        if fast["bundle"]:
+            facts["kernel bundle"] = fast["bundle"]
         if fast["reason"]:
             facts["kernels not used"] = fast["reason"]
     for key, value in detector.provenance.items():
         facts[f"provenance: {key}"] = value
     return facts
+
+
+def bundle_facts(path: str) -> dict[str, Any]:
+    """What is in a kernel bundle, and whether it serves here."""
+    import torch
+
+    from efficientad.ops.kernel_bundle import read_bundle
+
+    bundle = read_bundle(path)
+    arch = bundle.arch
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        arch = 10 * major + minor
+    return {**bundle.facts(), "usable here": bundle.unfit(arch) or "yes"}
 
 
 def environment() -> dict[str, Any]:
@@ -169,9 +230,10 @@ def environment() -> dict[str, Any]:
     from efficientad.checkpoint.teachers import default_teacher_facts
     from efficientad.fast.backends import KernelBackend
     from efficientad.fast.folded_network import network_name
-    from efficientad.fast.options import choose_dtype
+    from efficientad.fast.options import BUNDLE, choose_dtype
     from efficientad.ops import native
     from efficientad.ops.fused import choose_backend
+    from efficientad.ops.kernel_bundle import BundleError
 
     facts: dict[str, Any] = {"efficientad": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "numpy", "safetensors", "pillow", "scipy"):
@@ -189,6 +251,11 @@ def environment() -> dict[str, Any]:
     kernels = choose_backend(device) == "triton"
     chosen = KernelBackend.name if kernels else network_name(dtype, device)
     facts["fast path"] = f"{chosen}, {str(dtype).removeprefix('torch.')}"
+    if bundle := os.environ.get(BUNDLE):
+        try:
+            facts["kernel bundle"] = {"file": bundle, **bundle_facts(bundle)}
+        except (FileNotFoundError, BundleError) as error:
+            facts["kernel bundle"] = f"not usable: {error}"
     try:
         facts["default teacher"] = default_teacher_facts()["license"]
     except FileNotFoundError:

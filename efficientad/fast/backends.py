@@ -8,7 +8,7 @@ they hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -30,7 +30,7 @@ from efficientad.model.detector import EfficientAD
 from efficientad.model.image_score import ScoreRule, scored
 from efficientad.model.region import resized
 from efficientad.ops import reference
-from efficientad.ops.operators import kernel
+from efficientad.ops.kernel_launch import kernel_by
 from efficientad.utils.devices import full_float32
 
 Maps = tuple[Tensor, Tensor]
@@ -74,10 +74,18 @@ def region_masks(detector: EfficientAD, device: torch.device) -> RegionMasks | N
 
 
 class Kernels:
-    """The Triton kernels under the names of `efficientad.ops.reference`, without checks."""
+    """The Triton kernels under the names of `efficientad.ops.reference`, without checks.
+
+    Args:
+        way: how they are launched, see `kernels.launching`; None is Triton's own way.
+        target: compute capability whose tiles they take; None is that of the tensors' device.
+    """
+
+    def __init__(self, way: Callable | None = None, *, target: int | None = None) -> None:
+        self._way, self._target = way, target
 
     def __getattr__(self, name: str):
-        function = kernel(name)
+        function = kernel_by(name, self._way, self._target)
         setattr(self, name, function)
         return function
 
@@ -89,6 +97,7 @@ class KernelBackend:
         detector: calibrated; its weights are read.
         dtype: float16 or bfloat16.
         device: a CUDA device from sm_80 on, or the CPU in Triton's interpreter (tests).
+        kernels: the kernels; None compiles them.
 
     The first run must have the largest batch; see `fused_network.Workspace`.
     """
@@ -96,7 +105,13 @@ class KernelBackend:
     name = "triton kernels"
     channels = 4
 
-    def __init__(self, detector: EfficientAD, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        detector: EfficientAD,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels | None = None,
+    ) -> None:
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}; the kernels compute in float16 or bfloat16")
         self.dtype, self.device = dtype, device
@@ -108,7 +123,7 @@ class KernelBackend:
         self.border = self.plan.border
         self.region = region_masks(detector, device)
         self.score: ScoreRule = detector.score
-        self._kernels = Kernels()
+        self._kernels = kernels or Kernels()
         self._workspace = Workspace()
         self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
@@ -185,15 +200,21 @@ class Fp8Backend(KernelBackend):
             `fp8.build_fp8`, which builds this.
         largest, layers: as in `folding_fp8.fold_fp8`.
         device: a CUDA device from sm_89 on, or the CPU in Triton's interpreter (tests).
+        kernels: as in `KernelBackend`.
     """
 
     name = "triton kernels, fp8"
 
     def __init__(
-        self, detector: EfficientAD, largest: Sequence[Tensor], layers: str, device: torch.device
+        self,
+        detector: EfficientAD,
+        largest: Sequence[Tensor],
+        layers: str,
+        device: torch.device,
+        kernels: Kernels | None = None,
     ) -> None:
         self._largest, self._layers = largest, layers
-        super().__init__(detector, torch.float16, device)
+        super().__init__(detector, torch.float16, device, kernels)
 
     def _fold(self, detector: EfficientAD) -> FoldedWeights:
         return fold_fp8(detector, self._largest, self._layers, self.device)

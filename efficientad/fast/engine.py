@@ -20,10 +20,11 @@ from efficientad.fast.backends import Backend, TorchBackend
 from efficientad.fast.fp8 import build_fp8
 from efficientad.fast.frame_inputs import Frame
 from efficientad.fast.runners import EagerRunner, GraphRunner, Result, Staging
-from efficientad.fast.self_check import build_backend
+from efficientad.fast.self_check import LARGE_MAP, build_backend
 from efficientad.model.calibration import GoodImages
 from efficientad.model.detector import EfficientAD
 from efficientad.ops import frame_path
+from efficientad.ops.kernel_launch import BundleLaunch
 from efficientad.utils.cuda_graphs import wait_before_drop
 from efficientad.utils.processes import ADVICE, computing, fresh_lock_after_fork
 
@@ -39,6 +40,7 @@ class Engine:
         kind: "auto", "triton" or "torch", see `self_check.build_backend`.
         calibration, fp8_layers: of float8_e4m3fn, see `fp8.build_fp8`.
         torch_backend: the class that computes where the kernels do not.
+        bundle: compiled kernels, or None to compile them.
 
     Whoever uses the parts holds `lock` and is `on_device()`, without gradients.
 
@@ -64,6 +66,7 @@ class Engine:
         calibration: GoodImages | None = None,
         fp8_layers: str = "second",
         torch_backend: type[TorchBackend] = TorchBackend,
+        bundle: BundleLaunch | None = None,
     ) -> None:
         self.device, self.batch_sizes = device, batch_sizes
         self.image_size = detector.image_size
@@ -83,11 +86,11 @@ class Engine:
             self.fp8: dict[str, object] | None = None
             if calibration is not None:
                 self.backend, detector, self.fp8 = build_fp8(
-                    detector, calibration, fp8_layers, device, batch_sizes
+                    detector, calibration, fp8_layers, device, batch_sizes, bundle
                 )
             else:
                 self.backend, self.reason = build_backend(
-                    detector, dtype, device, kind, batch_sizes, torch_backend
+                    detector, dtype, device, kind, batch_sizes, torch_backend, bundle
                 )
             self.threshold = detector.threshold
             self.normalization = _normalization(detector)
@@ -272,7 +275,7 @@ class Engine:
 
     def _compile_map_sizes(self) -> None:
         """Make the maps of other sizes once, so that the first call for one compiles nothing."""
-        small, large = self.image_size, (1024, 1024)  # a kernel's two tiles
+        small, large = self.image_size, LARGE_MAP
         for bucket in {self.batch_sizes[0], self.batch_sizes[-1]}:
             result = self.runner.run(bucket)
             self._take(result, [small], "feature")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from efficientad.data.images import Batch, load_batches
-from efficientad.fast.backends import Fp8Backend
+from efficientad.fast.backends import Fp8Backend, Kernels
 from efficientad.fast.folding import fold
 from efficientad.fast.folding_fp8 import last_fp8_layer
 from efficientad.fast.fused_network import Plan, forward
@@ -35,6 +35,7 @@ from efficientad.model.calibration import (
 )
 from efficientad.model.detector import EfficientAD
 from efficientad.ops import reference
+from efficientad.ops.kernel_launch import BundleLaunch
 from efficientad.utils.devices import FP8, full_float32
 
 FEWEST_IMAGES = 16  # 120 pairs
@@ -89,6 +90,7 @@ def build_fp8(
     layers: str,
     device: torch.device,
     buckets: Sequence[int],
+    bundle: BundleLaunch | None = None,
 ) -> tuple[Fp8Backend, EfficientAD, dict[str, object]]:
     """The kernels with layers in fp8, calibrated and compared with float32.
 
@@ -98,6 +100,7 @@ def build_fp8(
             its validation images serve.
         layers: see `folding_fp8.last_fp8_layer`.
         buckets: the batch sizes.
+        bundle: compiled kernels. If they fail, the kernels are compiled.
 
     Returns:
         The backend; the detector with the quantiles of fp8 maps and, if it had a threshold, with
@@ -124,8 +127,7 @@ def build_fp8(
             stack.enter_context(closing(MapFile(*detector.feature_size()))) for _ in range(2)
         )
         largest, source_sizes = _float32_maps(detector, batches(), device, maps)
-        backend = Fp8Backend(detector, largest, layers, device)
-        _check_kernels(backend, detector, buckets)
+        backend = _checked(detector, largest, layers, device, buckets, bundle)
         for batch in batches():
             fp8_maps.add(*_fp8_maps(backend, batch.images.to(device)))
         exact, scores = _recalibrated(detector, maps, source_sizes)
@@ -201,6 +203,27 @@ def _float32_maps(
         maps.add(*(m.sum(0) for m in found))
         source_sizes += batch.source_sizes
     return largest, source_sizes
+
+
+def _checked(
+    detector: EfficientAD,
+    largest: Sequence[Tensor],
+    layers: str,
+    device: torch.device,
+    buckets: Sequence[int],
+    bundle: BundleLaunch | None,
+) -> Fp8Backend:
+    """The kernels, from the bundle or, where that has none or fails, compiled."""
+    if bundle is not None:
+        try:
+            backend = Fp8Backend(detector, largest, layers, device, Kernels(bundle))
+            _check_kernels(backend, detector, buckets)
+            return backend
+        except Fp8Error as error:
+            bundle.give_up(str(error))
+    backend = Fp8Backend(detector, largest, layers, device)
+    _check_kernels(backend, detector, buckets)
+    return backend
 
 
 def _check_kernels(backend: Fp8Backend, detector: EfficientAD, buckets: Sequence[int]) -> None:

@@ -1,17 +1,21 @@
-"""Dtype and batch sizes of a predictor: what its arguments mean on a device."""
+"""Dtype, batch sizes and kernel bundle of a predictor: what its arguments mean on a device."""
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 
 from efficientad.ops import compiled_conv
+from efficientad.ops.kernel_bundle import BundleError
+from efficientad.ops.kernel_launch import BundleLaunch, open_bundle
 from efficientad.utils.checks import check_integer
 from efficientad.utils.devices import DTYPES, FP8, cpu_has, cpu_multiplies_bfloat16
 
+BUNDLE = "EFFICIENTAD_BUNDLE"  # environment variable: the bundle of predictors that name none
 FP8_MIN_CAPABILITY = (8, 9)
 DEFAULT_BUCKETS = {"cuda": (1, 4, 16), "cpu": (1,)}
 
@@ -94,6 +98,35 @@ def choose_buckets(batch_sizes: Sequence[int] | None, device: torch.device) -> t
             "such as (1, 4)"
         )
     return sizes
+
+
+def choose_bundle(
+    bundle: str | os.PathLike | None, device: torch.device
+) -> tuple[BundleLaunch | None, str | None]:
+    """The kernel bundle of a predictor, or None to compile; and why one that is named is not used.
+
+    Args:
+        bundle: a file; None is the one that EFFICIENTAD_BUNDLE names, if it does.
+
+    One that is damaged or made for something else is refused with a warning.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = bundle or os.environ.get(BUNDLE)
+    if not path:
+        return None, None
+    if not os.path.isfile(path):
+        source = "bundle" if bundle else BUNDLE
+        raise FileNotFoundError(f"{source} is {os.fspath(path)!r}; there is no such file")
+    if device.type != "cuda":
+        return None, f"{path}: not used, since the device is {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        return open_bundle(path, 10 * major + minor), None
+    except BundleError as error:
+        warnings.warn(f"{error}. The kernels are compiled here", stacklevel=3)
+        return None, f"not used: {error}"
 
 
 def unsafe_compiler(device: torch.device) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from efficientad.fast.backends import TorchBackend
 from efficientad.fast.engine import Engine
 from efficientad.fast.fp8 import check_calibration
 from efficientad.fast.frame_inputs import Frame, as_batch, read_frame, read_frames
-from efficientad.fast.options import choose_buckets, choose_dtype, fastest_dtype
+from efficientad.fast.options import choose_buckets, choose_bundle, choose_dtype, fastest_dtype
 from efficientad.fast.streaming import stream
 from efficientad.fast.tiling import DEFAULT_OVERLAP, predict_large
 from efficientad.model.calibration import GoodImages
@@ -65,6 +66,9 @@ class FastPredictor:
             From them come the scales of its numbers and, anew, quantiles and threshold; on them its
             scores and maps must stay close to float32's, or construction stops (`fp8.Fp8Error`).
         fp8_layers: the PDN layers in fp8: "second", "inner" (second to last but one) or "all".
+        bundle: a file of `efficientad bundle`, the kernels of this device compiled already; None is
+            the one that EFFICIENTAD_BUNDLE names, if it does. One that does not fit is refused with
+            a warning, and the kernels are compiled.
 
     Calls from several threads are safe: a lock serialises the steps. For more throughput give each
     thread an instance of its own. It can be pickled, and so handed to a process that is spawned; a
@@ -77,9 +81,9 @@ class FastPredictor:
 
     Attributes:
         threshold: by which predictions are judged; the detector's, and may be set at any time.
-        facts: device, dtype, backend, the reason if the kernels are not used, fp8's layers and its
-            `fp8.Fp8Check` or None, what is known of the dtype's errors ("precision"), and the
-            seconds that construction took.
+        facts: device, dtype, backend, the reason if the kernels are not used, what came from a
+            kernel bundle or None, fp8's layers and its `fp8.Fp8Check` or None, what is known of
+            the dtype's errors ("precision"), and the seconds that construction took.
         device, dtype, batch_sizes, map_size: as chosen. size, padding, image_size, map_padding,
             score, score_size: the detector's.
         engine: what computes, see `engine.Engine`.
@@ -88,6 +92,7 @@ class FastPredictor:
         UncalibratedError: the detector has no statistics or quantiles.
         ValueError: arguments out of range; float16 on a CPU; a CUDA device where there is none;
             float8_e4m3fn where it cannot be computed in, without images, or not close enough.
+        FileNotFoundError: a bundle that is not there.
     """
 
     torch_backend: type[TorchBackend] = TorchBackend  # a subclass may compute something lighter
@@ -103,6 +108,7 @@ class FastPredictor:
         backend: str = "auto",
         calibration: GoodImages | None = None,
         fp8_layers: str = "second",
+        bundle: str | os.PathLike | None = None,
     ) -> None:
         start = time.perf_counter()
         check_detector(detector)
@@ -125,18 +131,21 @@ class FastPredictor:
         self._options = {
             "device": str(self.device), "dtype": dtype, "batch_sizes": self.batch_sizes,
             "map_size": map_size, "backend": backend, "calibration": calibration,
-            "fp8_layers": fp8_layers,
+            "fp8_layers": fp8_layers, "bundle": bundle,
         }  # fmt: skip
         self._detector = copy.deepcopy(detector).cpu()
+        way, remark = choose_bundle(bundle, self.device)
         self.engine = Engine(
             detector, self.device, self.dtype, self.batch_sizes, kind=backend,
             calibration=calibration, fp8_layers=fp8_layers, torch_backend=self.torch_backend,
+            bundle=way,
         )  # fmt: skip
         self.facts: dict[str, Any] = {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.engine.backend.name,
             "reason": self.engine.reason,
+            "bundle": remark if way is None else way.described(),
             "fp8": self.engine.fp8,
             "precision": self._judged(detector),
             "construction_seconds": round(time.perf_counter() - start, 3),

@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientad.fast.backends import Backend, Fp8Backend, KernelBackend, TorchBackend
+from efficientad.fast.backends import Backend, Fp8Backend, KernelBackend, Kernels, TorchBackend
 from efficientad.fast.options import unsafe_compiler
 from efficientad.model.agreement import BOUNDS, difference, scale_of, worst
 from efficientad.model.detector import EfficientAD
 from efficientad.model.synthetic import golden_image
 from efficientad.ops.fused import choose_backend
+from efficientad.ops.kernel_launch import BundleLaunch
 from efficientad.utils.devices import FP8
+
+# Size of a source's map that takes the kernel's other tile than one of the network's size.
+LARGE_MAP = (1024, 1024)
 
 
 def repeats(device: torch.device) -> int:
@@ -34,6 +38,7 @@ def build_backend(
     kind: str,
     buckets: Sequence[int],
     torch_backend: type[TorchBackend] = TorchBackend,
+    bundle: BundleLaunch | None = None,
 ) -> tuple[Backend, str | None]:
     """The backend to predict with, and why it is not the kernels where it might have been.
 
@@ -42,6 +47,7 @@ def build_backend(
             precision, if they compile and pass the numerical self-check, else torch.
         buckets: the batch sizes.
         torch_backend: the class of the folded torch network, here and in the self-check.
+        bundle: compiled kernels. If they fail, the kernels are compiled.
     """
     if kind not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {kind!r}; it must be 'auto', 'triton' or 'torch'")
@@ -55,14 +61,15 @@ def build_backend(
             raise ValueError("backend is 'triton' and dtype is float32; use float16 or bfloat16")
         return torch_backend(detector, dtype, device), None
     problem = unsafe_compiler(device)
-    try:
+    for way in (bundle, None) if bundle is not None else (None,):
         if problem is None:
-            backend = KernelBackend(detector, dtype, device)
-            problem = self_check(backend, detector, buckets, torch_backend)
-    except Exception as error:  # whatever Triton or the driver raises, the line must go on
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    if problem is None:
-        return backend, None
+            found = _checked(detector, dtype, device, buckets, torch_backend, way)
+            if isinstance(found, KernelBackend):
+                return found, None
+            if way is None:
+                problem = found
+            else:
+                way.give_up(found)
     if kind == "triton":
         raise ValueError(f"backend is 'triton' and the kernels cannot be used: {problem}")
     warnings.warn(
@@ -71,6 +78,22 @@ def build_backend(
         stacklevel=4,  # of whoever builds the predictor
     )
     return torch_backend(detector, dtype, device), problem
+
+
+def _checked(
+    detector: EfficientAD,
+    dtype: torch.dtype,
+    device: torch.device,
+    buckets: Sequence[int],
+    torch_backend: type[TorchBackend],
+    bundle: BundleLaunch | None,
+) -> KernelBackend | str:
+    """The kernels, or what is wrong with them."""
+    try:
+        backend = KernelBackend(detector, dtype, device, Kernels(bundle))
+        return self_check(backend, detector, buckets, torch_backend) or backend
+    except Exception as error:  # whatever Triton or the driver raises, the line must go on
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @torch.no_grad()
@@ -154,3 +177,29 @@ def _check_bucket(
         if not (torch.equal(again, found) and torch.equal(score_again, score)):
             return "two runs on the same images gave different results"
     return None
+
+
+@torch.no_grad()
+def rehearse(backend: KernelBackend, detector: EfficientAD, buckets: Sequence[int]) -> None:
+    """Launch each kernel that a predictor launches, at its construction and by later calls.
+
+    What the kernels write is looked at by nobody: for `aot.building`, which only compiles them.
+    """
+    (height, width), device = detector.image_size, backend.device
+    if isinstance(backend, Fp8Backend):
+        buckets = (1, *buckets)  # calibration images may come one by one
+    for images in sorted(set(buckets), reverse=True):
+        border = 2 * backend.border
+        shape = (images, height + border, width + border, backend.channels)
+        packed = torch.empty(shape, dtype=backend.packed_dtype, device=device)
+        frames = torch.empty((images, height, width, 3), dtype=torch.uint8, device=device)
+        backend.pack(frames, packed, channels_last=True)
+        image = torch.empty((images, 3, height, width), device=device)
+        backend.pack(image, packed, channels_last=False)
+        maps = backend.distance_maps(packed)
+        backend.anomaly_map(maps, detector.image_size, detector.map_padding, None)
+        rows, columns = maps[0].shape[-2:]
+        backend.anomaly_map(maps, (rows, columns), 0, None)
+        for size in (detector.image_size, LARGE_MAP):
+            one = (maps[0][:, :1].contiguous(), maps[1][:, :1].contiguous())
+            backend.anomaly_map(one, size, detector.map_padding, None)

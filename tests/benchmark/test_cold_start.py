@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,12 @@ def model() -> EfficientAD:
     return made
 
 
-def test_a_fresh_process(model):
-    found = cold_start(model, device="cpu", batch_sizes=(1, 2))
+def test_a_fresh_process(model, tmp_path):
+    bundle = tmp_path / "some.kernels"
+    bundle.touch()
+    found = cold_start(model, device="cpu", batch_sizes=(1, 2), bundle=bundle)
+    assert found["name"] == "cold start, kernel bundle"
+    assert found["bundle"] == f"{bundle}: not used, since the device is cpu"
     assert set(ROW) <= set(found)
     assert (found["kind"], found["size"], found["device"]) == ("cold_start", "S", "cpu")
     parts = [found[name] for name in ("import_s", "load_s", "construction_s")]
@@ -52,6 +57,10 @@ def test_what_the_process_is_told(model, monkeypatch):
         cold_start(model, batch_sizes=(1, 4))
     assert asked["command"][-3:] == ["--batch-sizes", "1", "4"]
     assert asked["env"] == dict(os.environ)
+
+    with pytest.raises(RuntimeError):
+        cold_start(model, bundle=Path("some.kernels"))
+    assert asked["command"][-2:] == ["--bundle", "some.kernels"]
 
 
 def test_a_process_that_hangs_is_ended(model, monkeypatch):

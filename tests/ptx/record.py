@@ -89,6 +89,13 @@ class Recorder:
         sizes = [("i32", n) for n in value.shape] + [("i64", n) for n in value.strides]
         return [("map", tensor), *sizes]
 
+    def finish(self, outputs: dict, wanted: dict) -> Recording:
+        """The recording, with what the outputs are to be."""
+        for key, tensor in outputs.items():
+            values = wanted[key].float().contiguous().numpy()
+            self.recording.results[key] = tensor.data_ptr(), NAMES[tensor.dtype], values
+        return self.recording
+
     def keep(self, tensor: torch.Tensor, fill: bool = False) -> None:
         """`fill`: a tensor that the launchers allocated is NaN to begin with."""
         storage = tensor.untyped_storage()
@@ -122,10 +129,7 @@ def record(arch: int, name: str) -> Recording:
         run()
     finally:
         JITFunction.run = original
-    for key, tensor in outputs.items():
-        values = wanted[key].float().contiguous().numpy()
-        recorder.recording.results[key] = tensor.data_ptr(), NAMES[tensor.dtype], values
-    return recorder.recording
+    return recorder.finish(outputs, wanted)
 
 
 def main(path: str, *names: str) -> None:
