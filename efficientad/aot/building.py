@@ -141,7 +141,7 @@ def build_bundle(
     if dtype == "float8_e4m3fn" and number < 89:
         raise ValueError(f"dtype is float8_e4m3fn and arch sm_{number}; fp8 needs sm_89 or newer")
     cpu = torch.device("cpu")
-    sizes = choose_buckets(batch_sizes or DEFAULT_BUCKETS["cuda"], cpu)
+    sizes = choose_buckets(DEFAULT_BUCKETS["cuda"] if batch_sizes is None else batch_sizes, cpu)
     compiler = Compiler(number)
     kernels = Kernels(compiler, target=number)
     backend: KernelBackend

@@ -216,11 +216,11 @@ def bundle_facts(path: str) -> dict[str, Any]:
     from efficientad.ops.kernel_bundle import read_bundle
 
     bundle = read_bundle(path)
-    arch = bundle.arch
+    arch, yes = bundle.arch, f"with a GPU of sm_{bundle.arch}, and there is none"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        arch = 10 * major + minor
-    return {**bundle.facts(), "usable here": bundle.unfit(arch) or "yes"}
+        arch, yes = 10 * major + minor, "yes"
+    return {**bundle.facts(), "usable here": bundle.unfit(arch) or yes}
 
 
 def environment() -> dict[str, Any]:

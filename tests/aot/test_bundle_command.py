@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import triton
 
 from efficientad.aot import building
@@ -60,10 +61,20 @@ def test_the_command_builds_what_it_is_asked_for(asked, tmp_path, capsys):
 def test_info_names_a_bundle_and_whether_it_serves(tmp_path, capsys, monkeypatch):
     path = tmp_path / "x.kernels"
     write_bundle(made(), path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["info", str(path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["kernels"] == "1 for sm_90, 0.0 MB"
-    assert (facts["dtype"], facts["usable here"]) == ("float16", "yes")
+    assert (facts["kernels"], facts["dtype"]) == ("1 for sm_90, 0.0 MB", "float16")
+    assert facts["usable here"] == "with a GPU of sm_90, and there is none"
+    with monkeypatch.context() as there:
+        there.setattr(torch.cuda, "is_available", lambda: True)
+        for capability, usable in (
+            ((9, 0), "yes"),
+            ((8, 0), "is for sm_90 and the device is sm_80"),
+        ):
+            there.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+            assert main(["info", str(path), "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["usable here"].startswith(usable)
     write_bundle(made(triton="3.0.0"), path)
     monkeypatch.setenv(options.BUNDLE, str(path))
     assert main(["info", "--json"]) == 0
@@ -82,6 +93,7 @@ def test_info_names_a_bundle_and_whether_it_serves(tmp_path, capsys, monkeypatch
         ({"arch": "sm_75"}, "target is sm_75; the kernels need sm_80 or newer"),
         ({"dtype": "float32"}, "dtype is 'float32'; it must be one of float16, bfloat16, float8"),
         ({"arch": 80, "dtype": "float8_e4m3fn"}, "arch sm_80; fp8 needs sm_89 or newer"),
+        ({"batch_sizes": ()}, r"batch_sizes is \(\)"),
         ({"batch_sizes": [0]}, r"batch_sizes is \[0\]; it must be a sequence of integers"),
         ({"interpret": "1"}, "TRITON_INTERPRET is '1', which leaves nothing to compile"),
     ],
