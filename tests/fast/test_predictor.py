@@ -332,6 +332,9 @@ class _Broken:
 
 
 class _Wrong(Light):
+    def __init__(self, detector, dtype, device, kernels):
+        super().__init__(detector, dtype, device)
+
     def distance_maps(self, packed):
         st, ae = super().distance_maps(packed)
         return st * 1.5, ae
