@@ -10,6 +10,7 @@ have the same inner layers: it then errs where the features are unlike those of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from efficientad.model.calibration import ChannelStatistics, Progress
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import PDN, TEACHER_CHANNELS, same_inner_layers
 from efficientad.model.region import index_of, of_cells
-from efficientad.training.losses import teacher_features, trunk
+from efficientad.training.losses import FIRST, SECOND, teacher_features, trunk
 from efficientad.training.pictures import TrainingImages, to_rgb
 from efficientad.utils.processes import computing
 from efficientad.utils.sampling import random_numbers
@@ -168,6 +169,7 @@ def solve_last_layers(
     images: TrainingImages,
     *,
     seed: int,
+    autoencoder: bool = True,
     half: bool = False,
     cells: int | None = None,
     workers: int = 2,
@@ -178,6 +180,7 @@ def solve_last_layers(
     Args:
         detector: with its teacher's weights and the inner layers that it keeps; on a CPU.
         images: good images; unreadable ones are left out.
+        autoencoder: False sets the student's first half alone.
         half: inner layers in bfloat16, where the processor multiplies it.
         cells: of the distance maps, sampled over all images; None: `CELLS`. With a region its
             share of them, inside it.
@@ -188,13 +191,17 @@ def solve_last_layers(
             nothing.
     """
     statistics = ChannelStatistics()
-    moments = _moments(detector, images, seed, half, cells, workers, progress, statistics)
+    groups = ("inputs", "decoder", "teacher") if autoencoder else ("inputs", "teacher")
+    moments = _moments(detector, images, seed, half, cells, workers, progress, groups, statistics)
     detector.set_statistics(*statistics.of_teacher())
     mean, std = (v.double().flatten() for v in (detector.teacher_mean, detector.teacher_std))
-    weight, bias = moments.regress("decoder", "teacher", DECODER_RIDGE)
-    set_filters(detector.autoencoder.decoder.deconv8, weight / std[:, None], (bias - mean) / std)
     weight, bias = moments.regress("inputs", "teacher", STUDENT_RIDGE)
-    _set_halves(detector, weight / std[:, None], (bias - mean) / std, moments)
+    _set_half(detector, FIRST, weight / std[:, None], (bias - mean) / std)
+    if autoencoder:
+        last = detector.autoencoder.decoder.deconv8
+        weight, bias = moments.regress("decoder", "teacher", DECODER_RIDGE)
+        set_filters(last, weight / std[:, None], (bias - mean) / std)
+        _set_second_half(detector, moments)
 
 
 @torch.no_grad()
@@ -212,10 +219,9 @@ def solve_second_half(
 
     Everything else stays. Arguments and errors as `solve_last_layers`.
     """
-    moments = _moments(detector, images, seed, half, cells, workers, progress, None)
-    last = detector.student.last
-    assert last.bias is not None
-    _set_halves(detector, filters(last)[:TEACHER_CHANNELS], last.bias[:TEACHER_CHANNELS], moments)
+    groups = ("inputs", "decoder")
+    moments = _moments(detector, images, seed, half, cells, workers, progress, groups, None)
+    _set_second_half(detector, moments)
 
 
 def _moments(
@@ -226,11 +232,13 @@ def _moments(
     cells: int | None,
     workers: int,
     progress: Progress | None,
+    groups: Sequence[str],
     statistics: ChannelStatistics | None,
 ) -> Moments:
     """Sums over sampled cells: "inputs" of the student's last layer, "decoder" features, "teacher".
 
-    statistics: gets the teacher's features of all images; None: the teacher is not run.
+    groups: those of the three that are wanted. statistics: gets the teacher's features of all
+    images; None: the teacher is not run.
     """
     computing()
     cells = CELLS if cells is None else cells
@@ -240,10 +248,9 @@ def _moments(
     widths = {
         "inputs": math.prod(student.last.weight.shape[1:]),
         "decoder": math.prod(decoder.deconv8.weight.shape[1:]),
+        "teacher": TEACHER_CHANNELS,
     }
-    if statistics is not None:
-        widths["teacher"] = TEACHER_CHANNELS
-    moments = Moments(**widths)
+    moments = Moments(**{name: widths[name] for name in groups})
     count = len(images)
     inspected = index_of(detector.region_cells)
     in_map = height * width if inspected is None else len(inspected)
@@ -257,13 +264,12 @@ def _moments(
         for gain, sampled in views(seed, i, count, cells, in_map):
             chosen = sampled if inspected is None else inspected[sampled]
             x = detector.normalize((image * gain).clamp_(0, 1))
-            # Untrained, it hardly answers to its image: bfloat16 would round that away.
-            decoded = decoder.inner(detector.autoencoder.encoder(x), detector.image_size)
-            rows = {
-                "inputs": _read_by_last(student, x, chosen, half),
-                "decoder": patches(decoded, decoder.deconv8, chosen),
-            }
-            if statistics is not None:
+            rows = {"inputs": _read_by_last(student, x, chosen, half)}
+            if "decoder" in groups:
+                # Untrained, it hardly answers to its image: bfloat16 would round that away.
+                decoded = decoder.inner(detector.autoencoder.encoder(x), detector.image_size)
+                rows["decoder"] = patches(decoded, decoder.deconv8, chosen)
+            if "teacher" in groups:
                 read = rows["inputs"] if shared else _read_by_last(teacher, x, chosen, half)
                 rows["teacher"] = F.linear(read, filters(teacher.last), teacher.last.bias)
             moments.add(**rows)
@@ -277,8 +283,17 @@ def _read_by_last(network: PDN, x: Tensor, cells: Tensor, half: bool) -> Tensor:
     return patches(inner.float(), network.last, cells)
 
 
-def _set_halves(detector: EfficientAD, weight: Tensor, bias: Tensor, moments: Moments) -> None:
-    """Set the student's last layer: its first half as given, its second by regression.
+def _set_half(detector: EfficientAD, half: slice, weight: Tensor, bias: Tensor) -> None:
+    """Set one half of the student's last layer, and leave the other as it is."""
+    last = detector.student.last
+    assert last.bias is not None
+    weights, biases = filters(last).double(), last.bias.detach().double()
+    weights[half], biases[half] = weight, bias
+    set_filters(last, weights, biases)
+
+
+def _set_second_half(detector: EfficientAD, moments: Moments) -> None:
+    """Set the student's second half by regression.
 
     The autoencoder's output is linear in the decoder's features, so predicting these is enough.
     """
@@ -286,8 +301,4 @@ def _set_halves(detector: EfficientAD, weight: Tensor, bias: Tensor, moments: Mo
     assert last.bias is not None
     own, own_bias = filters(last).double(), last.bias.double()
     second, offset = moments.regress("inputs", "decoder", SECOND_RIDGE)
-    set_filters(
-        detector.student.last,
-        torch.cat([weight, own @ second]),
-        torch.cat([bias, own @ offset + own_bias]),
-    )
+    _set_half(detector, SECOND, own @ second, own @ offset + own_bias)

@@ -26,7 +26,7 @@ from efficientad.model.image_score import ScoreRule
 from efficientad.model.networks import PDN
 from efficientad.model.region import RegionLike, digest
 from efficientad.model.region import facts as region_facts
-from efficientad.training import closed_form
+from efficientad.training import closed_form, short
 from efficientad.training.pictures import Photos, PictureSource, TrainingImages, augmented
 from efficientad.training.schedules import choose_schedule, settings_of
 from efficientad.training.settings import (
@@ -36,7 +36,6 @@ from efficientad.training.settings import (
     determinism,
     fastest_for_teacher,
 )
-from efficientad.training.short import ShortTrainer, brightened
 from efficientad.training.start import (
     new_detector,
     spread_autoencoder,
@@ -181,8 +180,9 @@ def _prepare(task: Task, dataset: DataSet) -> _Parts:
     license = teacher_license(task.teacher)
     if task.warm_start or task.schedule != "paper":
         start_from_teacher(detector)
-    if task.schedule != "paper":
+    if task.schedule == "instant":
         spread_autoencoder(detector, seed)
+    if task.schedule != "paper":
         detector.autoencoder_weight = closed_form.AUTOENCODER_WEIGHTS[task.schedule]
     photos = None
     if task.penalty is not None:
@@ -205,12 +205,15 @@ def _prepare(task: Task, dataset: DataSet) -> _Parts:
         "region": digest(detector.region),
         **({} if task.value_range is None else {"value_range": list(task.value_range)}),
     }
+    batch, augment = task.settings.batch_size, augmented
+    if task.schedule == "short":
+        batch, augment = max(batch, short.AUTOENCODER_IMAGES), short.brightened
     source = PictureSource(
         TrainingImages(paths, detector.image_size, value_range=task.value_range),
         photos,
         seed=seed,
-        batch_size=task.settings.batch_size,
-        augment=brightened if task.schedule == "short" else augmented,
+        batch_size=batch,
+        augment=augment,
         pinned=task.device.type == "cuda",
     )
     detector.to(task.device)
@@ -252,12 +255,13 @@ def _train(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
     detector = parts.detector
 
     def evaluate() -> dict[str, Any]:
+        trainer.finish(task.workers)
         _calibrate(task, dataset, parts)
         quantiles = detector.quantiles.tolist()
         return {"quantiles": quantiles, "metrics": measure(detector, dataset).metrics}
 
     with determinism(task.deterministic, task.device):
-        trainer = (ShortTrainer if task.schedule == "short" else Trainer)(
+        trainer = (short.ShortTrainer if task.schedule == "short" else Trainer)(
             detector, parts.source, task.settings, identity=parts.identity
         )
         if task.resume:
@@ -293,7 +297,7 @@ def _train(task: Task, dataset: DataSet, parts: _Parts) -> _Trained:
     photos, history = parts.source.photos, trainer.history
     facts = {
         "algorithm": trainer.algorithm,
-        **(closed_form.facts() if task.schedule == "short" else {}),
+        **(short.facts() if task.schedule == "short" else {}),
         "pretraining_penalty": f"{len(photos)} photos" if photos else "none: no photos were given",
         "warm_start": task.warm_start,
         **asdict(task.settings),

@@ -1,9 +1,11 @@
-"""The short schedule: closed form, a thousand gradient steps of the student, closed form again.
+"""The short schedule: closed form, a thousand gradient steps, closed form again.
 
-It begins where the instant schedule ends. The student's half that the teacher is compared with is
-then trained with its inner layers, by the hard loss, on images of changed brightness whose teacher
-features are those of the changed image; what the autoencoder is compared with is solved anew on the
-inner layers that came out. The autoencoder stays as it was solved.
+The student begins where the instant schedule's ends, and the autoencoder from random numbers. The
+student's half that the teacher is compared with is trained with its inner layers, by the hard loss,
+on images of changed brightness whose teacher features are those of the changed image. Beside it the
+autoencoder learns, from more images, to give the teacher's features of the image whose brightness
+was not changed, so that it does not measure brightness. At the end what it is compared with is
+solved on the inner layers that came out.
 """
 
 from __future__ import annotations
@@ -16,22 +18,29 @@ import torch
 from torch import Tensor
 
 from efficientad.model.calibration import Progress
+from efficientad.model.detector import EfficientAD
 from efficientad.model.region import of_cells
+from efficientad.training import closed_form
 from efficientad.training.closed_form import GAINS, solve_last_layers, solve_second_half
 from efficientad.training.losses import (
     FIRST,
     StepInputs,
     hard_loss,
     head,
+    mean_difference,
     squared_difference,
     standardized,
     teacher_features,
     trunk,
 )
-from efficientad.training.pictures import Pictures, jitter, to_rgb
+from efficientad.training.pictures import Pictures, PictureSource, jitter, to_rgb
+from efficientad.training.settings import Settings
 from efficientad.training.trainer import Trainer
 
-_WARM_UP = 0.1  # part of the steps over which the learning rate rises
+AUTOENCODER_IMAGES = 8  # of a step; its step on one image costs an eighth of the student's
+AUTOENCODER_RATE = 1e-3
+_AUTOENCODER = {"autoencoder": {"images": AUTOENCODER_IMAGES, "learning_rate": AUTOENCODER_RATE}}
+_WARM_UP = 0.1  # part of the steps over which the learning rates rise
 
 
 def brightened(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -39,16 +48,41 @@ def brightened(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return jitter(image.astype(np.float32) / 255, "brightness", float(rng.uniform(*GAINS)))
 
 
-class ShortTrainer(Trainer):
-    """Trains the student's first half; pictures are `brightened`, and there are no photos."""
+def facts() -> dict[str, Any]:
+    """What a detector's file says of it."""
+    solved = closed_form.facts()
+    del solved["ridge"]["decoder"]  # learned here
+    return {**solved, **_AUTOENCODER}
 
-    algorithm = "closed form, then the student's steps (docs/training.md, short)"
-    terms = ("hard",)
+
+class ShortTrainer(Trainer):
+    """Trains the student's first half and the autoencoder; pictures are `brightened`.
+
+    The source gives as many pictures as the larger batch has; there are no photos.
+    """
+
+    algorithm = "closed form, then steps of student and autoencoder (docs/training.md, short)"
+    terms = ("hard", "autoencoder")
+
+    def __init__(
+        self,
+        detector: EfficientAD,
+        source: PictureSource,
+        settings: Settings,
+        *,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(detector, source, settings, identity={**(identity or {}), **_AUTOENCODER})
 
     def prepare(self, workers: int = 2, progress: Progress | None = None) -> None:
-        """Channel statistics and the last layers in closed form; leaves out unreadable images."""
+        """Channel statistics and the student's first half; leaves out unreadable images."""
         solve_last_layers(
-            self.detector, self.source.images, **self._options, workers=workers, progress=progress
+            self.detector,
+            self.source.images,
+            autoencoder=False,
+            **self._options,
+            workers=workers,
+            progress=progress,
         )
 
     def finish(self, workers: int = 2, progress: Progress | None = None) -> None:
@@ -61,23 +95,41 @@ class ShortTrainer(Trainer):
     def _options(self) -> dict[str, Any]:
         return {"seed": self.settings.seed, "half": self.half}
 
-    def rate(self, step: int) -> float:
+    def rates(self, step: int) -> tuple[float, float]:
         """One cycle: up to the base rate over a tenth of the steps, down to zero as a cosine."""
-        base, done = self.settings.learning_rate, (step + 1) / self.settings.steps
-        if done <= _WARM_UP:
-            return base * done / _WARM_UP
-        return base * 0.5 * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP)))
+        done = (step + 1) / self.settings.steps
+        part = done / _WARM_UP
+        if part > 1:
+            part = 0.5 * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP)))
+        return part * self.settings.learning_rate, part * AUTOENCODER_RATE
 
     def inputs(self, pictures: Pictures) -> StepInputs:
-        """The changed images alone."""
-        image = to_rgb(pictures.augmented, self.device)
-        return StepInputs(image, image, None, None)
+        """The changed images, the student's and the autoencoder's, and features of the latter.
+
+        The features are those of the images as they are.
+        """
+        changed, n = to_rgb(pictures.augmented, self.device), AUTOENCODER_IMAGES
+        image = to_rgb(pictures.image[:n], self.device)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half, cache_enabled=False):
+            features = [
+                self._teacher(i, image[k : k + 1]) for k, i in enumerate(pictures.indices[:n])
+            ]
+        return StepInputs(
+            changed[: self.settings.batch_size], changed[:n], None, torch.cat(features)
+        )
 
     def losses(self, inputs: StepInputs) -> Tensor:
-        """Hard loss between the student's first half and the teacher, (1,)."""
+        """Hard loss of the student's first half, and the autoencoder's mean loss, (2,)."""
         detector, image = self.detector, inputs.image
         target = standardized(detector, teacher_features(detector, image))
         inner = trunk(detector.student, detector.normalize(image))
         distances = squared_difference(target, head(detector.student, inner, FIRST))
-        distances = of_cells(distances, self.cells)
-        return torch.stack([hard_loss(distances, self.settings.hard_quantile)])
+        assert inputs.features is not None
+        unchanged = standardized(detector, inputs.features)
+        found = detector.autoencoder(detector.normalize(inputs.augmented))
+        return torch.stack(
+            [
+                hard_loss(of_cells(distances, self.cells), self.settings.hard_quantile),
+                mean_difference(of_cells(unchanged, self.cells), of_cells(found, self.cells)),
+            ]
+        )

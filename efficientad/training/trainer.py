@@ -45,7 +45,7 @@ History = list[dict[str, Any]]
 class Trainer:
     """Trains a detector's student and autoencoder in place, by Algorithm 1.
 
-    What another schedule changes are `terms`, `prepare`, `finish`, `rate`, `inputs`, `losses`.
+    What another schedule changes are `terms`, `prepare`, `finish`, `rates`, `inputs`, `losses`.
 
     Args:
         detector: with its teacher's weights; on the device to train on.
@@ -82,11 +82,17 @@ class Trainer:
         ]
         self._names, self._parameters = (list(column) for column in zip(*named, strict=True))
         on_gpu = self.device.type == "cuda"
-        rate = torch.tensor(settings.learning_rate, device=self.device) if on_gpu else 1e-4
+        # A group for each network: a schedule may have a rate for each.
+        groups = [
+            {
+                "params": list(part.parameters()),
+                "lr": torch.tensor(settings.learning_rate, device=self.device) if on_gpu else 1e-4,
+            }
+            for part in (detector.student, detector.autoencoder)
+        ]
         self.optimizer = torch.optim.Adam(
-            self._parameters, lr=rate, weight_decay=settings.weight_decay, fused=True,
-            capturable=on_gpu,
-        )  # fmt: skip
+            groups, weight_decay=settings.weight_decay, fused=True, capturable=on_gpu
+        )
         self._graph: GraphStep | None = None
         self._sums = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
         self._summed = 0
@@ -192,8 +198,7 @@ class Trainer:
         The networks must be in training mode, as `run` leaves them to its steps.
         """
         inputs = self.inputs(pictures)
-        rate = self.rate(self.step)
-        for group in self.optimizer.param_groups:
+        for group, rate in zip(self.optimizer.param_groups, self.rates(self.step), strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -211,9 +216,10 @@ class Trainer:
         self.step += 1
         return terms
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return learning_rate(step, self.settings.steps, self.settings.learning_rate)
+    def rates(self, step: int) -> tuple[float, float]:
+        """The learning rates of a step, of student and autoencoder."""
+        rate = learning_rate(step, self.settings.steps, self.settings.learning_rate)
+        return rate, rate
 
     def inputs(self, pictures: Pictures) -> StepInputs:
         """What the losses of a step are computed from, on the device."""
@@ -263,7 +269,7 @@ class Trainer:
             raise TrainingError(
                 f"a loss is not finite by step {self.step} ({shown}); the last checkpoint is older"
             )
-        rate = self.rate(self.step - 1)
+        rate, _ = self.rates(self.step - 1)
         self._sums.zero_()
         self._summed = 0
         return {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers_training import thin_detector, write_pictures
 
-from efficientad.training import closed_form, fitting
+from efficientad.training import closed_form, fitting, short
 from efficientad.training import settings as training_settings
 from efficientad.training.fitting import fit
 from efficientad.training.losses import hard_loss, standardized
@@ -16,7 +16,7 @@ from efficientad.training.pictures import PictureSource, TrainingImages, to_rgb
 from efficientad.training.schedules import ASKED, SETTINGS, choose_schedule
 from efficientad.training.settings import Settings, TrainingError, TrainingStopped
 from efficientad.training.short import ShortTrainer, brightened
-from efficientad.training.start import spread_autoencoder, start_from_teacher
+from efficientad.training.start import start_from_teacher
 
 CPU = torch.device("cpu")
 
@@ -46,11 +46,9 @@ def trainer(folder: Path, steps: int = 6, **options) -> ShortTrainer:
     settings = Settings(**SETTINGS["short"] | {"steps": steps, **options}, log_every=2)
     detector = thin_detector()
     start_from_teacher(detector)
-    spread_autoencoder(detector, settings.seed)
     images = TrainingImages(sorted(folder.iterdir()), (256, 256))
-    source = PictureSource(
-        images, None, seed=settings.seed, batch_size=settings.batch_size, augment=brightened
-    )
+    batch = max(settings.batch_size, short.AUTOENCODER_IMAGES)
+    source = PictureSource(images, None, seed=settings.seed, batch_size=batch, augment=brightened)
     return ShortTrainer(detector, source, settings)
 
 
@@ -114,17 +112,22 @@ def test_what_a_schedule_cannot_use_is_refused():
 # ---- the steps -------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_hard_loss_on_the_changed_image(folder):
-    made = trainer(folder)
+@pytest.mark.parametrize("batch", [2, 9])
+def test_the_losses_are_those_of_changed_images(folder, batch):
+    made = trainer(folder, batch_size=batch)
     made.prepare()
     pictures = made.source(0)
     detector, image = made.detector, to_rgb(pictures.augmented, CPU)
     with torch.no_grad():
         x = detector.normalize(image)
-        target = standardized(detector, detector.teacher(x))
-        wanted = hard_loss((target - detector.student(x)[:, :384]).square(), 0.999)
+        target = standardized(detector, detector.teacher(x[:batch]))
+        hard = hard_loss((target - detector.student(x[:batch])[:, :384]).square(), 0.999)
+        # The autoencoder's target is of the image as it is.
+        unchanged = detector.normalize(to_rgb(pictures.image[:8], CPU))
+        target = standardized(detector, detector.teacher(unchanged))
+        mean = (target - detector.autoencoder(x[:8])).square().mean()
         found = made.losses(made.inputs(pictures))
-    torch.testing.assert_close(found, wanted[None], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, torch.stack([hard, mean]), rtol=1e-4, atol=1e-6)
 
 
 def test_pictures_are_images_of_another_brightness(folder):
@@ -143,29 +146,32 @@ def test_pictures_are_images_of_another_brightness(folder):
     assert max(factors) - min(factors) > 0.05
 
 
-def test_the_rate_is_one_cycle(folder):
+def test_the_rates_are_one_cycle(folder):
     made = trainer(folder, steps=100)
-    rates = [made.rate(step) for step in range(100)]
+    rates, others = zip(*(made.rates(step) for step in range(100)), strict=True)
     assert max(rates) == rates[9] == pytest.approx(3e-4)
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[:10] == tuple(sorted(rates[:10]))
+    assert rates[9:] == tuple(sorted(rates[9:], reverse=True))
     assert rates[0] < 1e-4
     assert rates[-1] < 1e-8
+    assert others == pytest.approx([rate / 0.3 for rate in rates])
 
 
-def test_steps_change_the_first_half_and_the_end_solves_the_second(folder, monkeypatch):
+def test_steps_change_first_half_and_autoencoder_and_the_end_solves_the_second(folder, monkeypatch):
     made = trainer(folder, steps=20, learning_rate=1e-2)
     made.prepare()
     detector = made.detector
     start = {name: value.clone() for name, value in detector.state_dict().items()}
     made.run()
     assert made.history[-1]["loss"] < made.history[0]["loss"]
-    assert set(made.history[0]) == {"step", "loss", "hard", "learning_rate"}
+    assert made.history[-1]["autoencoder"] < made.history[0]["autoencoder"]
+    assert set(made.history[0]) == {"step", "loss", "hard", "autoencoder", "learning_rate"}
     trained = {name: value.clone() for name, value in detector.state_dict().items()}
     last = "student.conv4.weight"
     assert not torch.equal(trained[last][:384], start[last][:384])
     assert torch.equal(trained[last][384:], start[last][384:])
-    assert not torch.equal(trained["student.conv1.weight"], start["student.conv1.weight"])
+    for name in ("student.conv1.weight", "autoencoder.encoder.enconv1.weight"):
+        assert not torch.equal(trained[name], start[name])
     with monkeypatch.context() as patch:
         patch.setattr(detector.teacher, "forward", None)  # nothing of it is asked again
         patch.setattr(closed_form, "teacher_features", None)
@@ -177,6 +183,15 @@ def test_steps_change_the_first_half_and_the_end_solves_the_second(folder, monke
             assert not torch.equal(ended[name][384:], value[384:])
         elif name != "quantiles":
             assert torch.equal(ended[name], value), name
+
+
+def test_a_state_of_another_autoencoder_is_refused(folder, tmp_path, monkeypatch):
+    made = trainer(folder)
+    made.prepare()
+    made.save(tmp_path / "state")
+    monkeypatch.setattr(short, "_AUTOENCODER", {"autoencoder": {"images": 4}})
+    with pytest.raises(TrainingError, match="of a training with autoencoder "):
+        trainer(folder).resume(tmp_path / "state")
 
 
 @pytest.mark.usefixtures("thin")
