@@ -222,7 +222,24 @@ def lacking(folder: Path) -> dict[str, list[str]]:
                     backend.pack(image, packed, channels_last=False)
         found[who] = [*sorted(way.lacking), *(str(w.message) for w in said)]
     found["described"] = [way.described()]
-    return found
+    return found | {"fp8": lacking_in_fp8(detector, folder)}
+
+
+def lacking_in_fp8(detector, folder: Path) -> list[str]:
+    """As `lacking`, of batches of calibration images, whose last may be of any size."""
+    from efficientad.aot.building import build_bundle
+    from efficientad.fast.backends import Fp8Backend, Kernels
+    from efficientad.ops.kernel_launch import BundleLaunch
+
+    settings = {"dtype": "float8_e4m3fn", "batch_sizes": (1, 16)}
+    way = BundleLaunch(build_bundle(detector, folder / "fp8", 89, **settings), "file")
+    kernels = Kernels(launch_or(way), target=89)
+    backend = Fp8Backend(detector, [torch.ones(2)] * 3, "second", torch.device("cpu"), kernels)
+    for images in (16, *range(1, 9)):
+        packed = torch.empty(images, 256, 256, 4, dtype=torch.float16)
+        backend.pack(torch.empty(images, 3, 256, 256), packed, channels_last=False)
+        backend.distance_maps(packed)
+    return sorted(way.lacking)
 
 
 def launch_or(way):

@@ -11,6 +11,7 @@ import torch
 
 from efficientad import __version__
 from efficientad.fast.backends import Fp8Backend, KernelBackend, Kernels
+from efficientad.fast.fp8 import BATCH
 from efficientad.fast.options import DEFAULT_BUCKETS, choose_buckets
 from efficientad.fast.self_check import rehearse
 from efficientad.model.detector import EfficientAD, check_detector
@@ -148,9 +149,11 @@ def build_bundle(
     if dtype == "float8_e4m3fn":
         largest = [torch.ones(2)] * (len(PDN_LAYERS[detector.size]) - 1)
         backend = Fp8Backend(detector, largest, fp8_layers, cpu, kernels)
+        calibration = range(1, min(BATCH, max(sizes)) + 1)  # batches of its images, the last, too
     else:
         backend = KernelBackend(detector, DTYPES[dtype], cpu, kernels)
-    rehearse(backend, detector, sizes)
+        calibration = range(0)
+    rehearse(backend, detector, (*sizes, *calibration))
     import triton
 
     made_for = {

@@ -46,7 +46,7 @@ RESOLUTION = 0.02
 DISCORDANT_BOUND = 0.05
 # At a third the two maps still correlate by 0.94.
 MAP_BOUND = 1 / 3
-_BATCH = 8  # images at a time
+BATCH = 8  # calibration images at a time, at most
 
 
 class Fp8Error(ValueError):
@@ -118,7 +118,7 @@ def build_fp8(
         return load_batches(
             paths,
             detector.image_size,
-            batch_size=min(_BATCH, max(buckets)),
+            batch_size=min(BATCH, max(buckets)),
             value_range=detector.value_range,
         )
 

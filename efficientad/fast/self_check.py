@@ -186,8 +186,6 @@ def rehearse(backend: KernelBackend, detector: EfficientAD, buckets: Sequence[in
     What the kernels write is looked at by nobody: for `aot.building`, which only compiles them.
     """
     (height, width), device = detector.image_size, backend.device
-    if isinstance(backend, Fp8Backend):
-        buckets = (1, *buckets)  # calibration images may come one by one
     for images in sorted(set(buckets), reverse=True):
         border = 2 * backend.border
         shape = (images, height + border, width + border, backend.channels)

@@ -27,6 +27,7 @@ def test_other_kernels_of_bundles_do(case):
 
 def test_a_predictor_launches_nothing_that_its_bundle_lacks():
     assert helpers_aot.results(LAST)["own"] == []
+    assert helpers_aot.results(LAST)["fp8"] == []
 
 
 def test_what_a_bundle_lacks_is_left_to_triton_and_said_once():
