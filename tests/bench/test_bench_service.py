@@ -74,4 +74,5 @@ def test_a_small_load_with_a_kill_loses_nothing(tmp_path):
     )
     assert turns["bare_predictor_with_decoding"]["p50_ms"] > 0
     assert result["pictures_per_second_while_serving"] > 0
+    assert 0 < result["service_cpu_ms_per_picture"] < 1000 * result["seconds"]
     assert result["sent_again"] > 0

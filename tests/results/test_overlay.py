@@ -14,6 +14,7 @@ from efficientad.results.overlay import (
     map_scale,
     overlay,
     resize_map,
+    shrink_map,
 )
 
 
@@ -176,3 +177,17 @@ def test_the_region_is_outlined_and_nothing_outside_it():
                                            contour=False))  # fmt: skip
     whole = overlay(image, above, 0.5, region=torch.ones(2, 2, dtype=torch.bool))
     assert np.array_equal(whole, overlay(image, above, 0.5))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (8, 11), (1, 30), (31, 2), (20, 21)])
+def test_a_shrunk_map_holds_the_maximum_of_every_block(size):
+    values = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    values[-1, -1] = np.nan
+    block = max(1, min(max(size) // 4, *size))
+    expected = [
+        [values[y : y + block, x : x + block].max() for x in range(0, size[1], block)]
+        for y in range(0, size[0], block)
+    ]
+    shrunk = shrink_map(values, 4)
+    assert np.array_equal(shrunk, np.array(expected, np.float32), equal_nan=True)
+    assert shrunk.flags.c_contiguous
