@@ -17,8 +17,13 @@ from efficientad.utils.checks import check_integer
 OWN = 2  # processors that Ray's own tasks need beside ours: listing, reading, filtering, writing
 _THREADS = 4  # of a scoring process on CPUs at most
 _DECODERS = 8  # for each GPU at most
-# Ray asks its makers' server, and its processes write to the terminal, unless these say otherwise.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+# Otherwise Ray tells its makers of each start, its compiled code writes to the terminal, and
+# sixteen processes are started to look at the one file of the manifest.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def cluster(address: str | None, **options: Any) -> Iterator[dict[str, float]]:
     Yields:
         What the cluster has: "CPU", "GPU" and others.
     """
-    for name, value in _QUIET.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -174,14 +174,15 @@ def check_paths(manifest: Manifest, there: pa.Table, out: Path) -> None:
 def prepare(places: Places, manifest: Manifest, there: pa.Table) -> int:
     """Write the manifest for the workers and the checkpoint of what is done.
 
+    there: what `settle` gave.
+
     Returns the number of pictures of the manifest that are left.
     """
     replace_file(places.manifest, lambda part: pq.write_table(manifest.table, part))
     shutil.rmtree(places.checkpoint, ignore_errors=True)
     places.checkpoint.mkdir()
-    if len(there):
-        path = places.checkpoint / "settled.parquet"
-        replace_file(path, lambda part: pq.write_table(there.select(["id"]), part))
+    path = places.checkpoint / "settled.parquet"
+    replace_file(path, lambda part: pq.write_table(there.select(["id"]), part))
     return len(manifest.table) - int(np.isin(manifest.ids, there["id"].to_numpy()).sum())
 
 

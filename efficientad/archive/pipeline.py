@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
+from pyarrow import parquet as pq
+from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 
 from efficientad.archive.cluster import Processes
 from efficientad.archive.output import Places
@@ -23,11 +25,11 @@ _FILTER_MEMORY = 64 << 20  # that Ray reserves for the process that leaves out w
 
 @dataclass(frozen=True)
 class Work:
-    """What the processes are given.
+    """What is to be done to each picture.
 
     Attributes:
         root: see `Manifest`. value_range: the detector's. digest: of its file.
-        predictor: makes what scores, in each scoring process. batch: pictures in one step.
+        predictor: makes what scores, in each scoring process. batch: pictures that it gets at once.
     """
 
     root: str
@@ -38,23 +40,35 @@ class Work:
 
 
 class Decoder:
-    """A process that reads and decodes."""
+    """A process that reads and decodes; see `rows.decoded`."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, root: str, value_range: ValueRange | None) -> None:
+        self._root, self._value_range = root, value_range
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
-        yield from decoded(rows, self._work.root, self._work.value_range)
+        yield from decoded(rows, self._root, self._value_range)
 
 
 class Scorer:
-    """A process that has a predictor."""
+    """A process that has a predictor; see `rows.scored`."""
 
-    def __init__(self, work: Work) -> None:
-        self._predictor, self._digest = work.predictor(), work.digest
+    def __init__(self, predictor: Callable[[], FramePredictor], digest: str) -> None:
+        self._predictor, self._digest = predictor(), digest
 
     def __call__(self, frames: pa.Table) -> pa.Table:
         return scored(frames, self._predictor, self._digest)
+
+
+class Settled(CheckpointManager):
+    """The ids in the checkpoint, which `output.prepare` has just written and sorted.
+
+    Ray's own manager reads them in several tasks, and first removes rows by what it finds pending.
+    """
+
+    def load_checkpoint(self, data_file_dir: Any = None, data_file_filesystem: Any = None) -> Any:
+        ids = pq.read_table(self.checkpoint_path, columns=[self.id_column])[self.id_column]
+        values = ids.to_numpy()
+        return (ray.put(values), values.nbytes) if len(values) else (None, 0)
 
 
 def run(
@@ -66,36 +80,37 @@ def run(
 
     Raises what Ray raises where a process fails again and again.
     """
-    from ray.data.checkpoint import CheckpointConfig
-
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    config = CheckpointConfig("id", str(places.checkpoint), delete_checkpoint_on_success=False)
-    config.checkpoint_actor_pool_max_size = 1
-    config.checkpoint_actor_memory_bytes = _FILTER_MEMORY
-    context.checkpoint_config = config
+    context.checkpoint_config = CheckpointConfig(
+        "id",
+        str(places.checkpoint),
+        delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=Settled,
+    )
+    context.checkpoint_config.checkpoint_actor_pool_max_size = 1
+    context.checkpoint_config.checkpoint_actor_memory_bytes = _FILTER_MEMORY
     options: dict[str, Any] = {"batch_format": "pyarrow", "zero_copy_batch": True}
-    constructor = {"fn_constructor_args": (work,)}
     (
         ray.data.read_parquet(str(places.manifest))
         .repartition(target_num_rows_per_block=block)
         .map_batches(
             Decoder,
+            fn_constructor_args=(work.root, work.value_range),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=share.decoders),
             num_cpus=1,
-            **constructor,
             **options,
         )
         .map_batches(
             Scorer,
+            fn_constructor_args=(work.predictor, work.digest),
             batch_size=work.batch,
             compute=ray.data.ActorPoolStrategy(size=share.scorers),
             num_cpus=share.scorer_cpus,
             num_gpus=share.scorer_gpus,
-            **constructor,
             **options,
         )
         .write_parquet(str(places.rows), mode="append", min_rows_per_file=file)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray", reason="an archive needs the extra efficientad[archive]")
 
 import pyarrow as pa
-import torch
+from helpers_archive import light_detector
 from pyarrow import parquet as pq
 
 import efficientad as ead
@@ -26,11 +26,7 @@ from efficientad.cli import main as command_line
 
 @pytest.fixture(scope="module")
 def detector():
-    model = ead.EfficientAD("S")
-    model.set_statistics(torch.zeros(384), torch.ones(384))
-    model.set_quantiles(0.1, 0.2, 0.3, 0.4)
-    model.threshold = 0.5
-    return model
+    return light_detector()
 
 
 @pytest.fixture
@@ -221,7 +217,7 @@ def test_the_sums_are_printed_and_give_the_exit_code(run, cluster, capsys, tmp_p
     )
     assert run("--fail-on-anomaly") == 3
     settings = json.loads((tmp_path / "out" / "archive.json").read_text())["settings"]
-    assert settings["threshold"] == 0.5
+    assert settings["threshold"] == 100
     assert len(settings["model"]) == 64
 
 

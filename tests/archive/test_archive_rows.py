@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("pyarrow", reason="an archive needs the extra efficientad[archive]")
 
 import pyarrow as pa
+from helpers_archive import Mean
 from PIL import Image
 
 from efficientad.archive import rows
@@ -18,20 +19,10 @@ from efficientad.archive.rows import FRAMES, RESULTS, decoded, scored
 from efficientad.data.decoding import read_image
 
 
-class Mean:
-    """A predictor whose scores are the pictures' means."""
-
-    def __init__(self, threshold: float | None = 100.0) -> None:
-        self.threshold = threshold
-
-    def predict_frames(self, frames, *, map_size, batched):
-        assert map_size is None
-        assert batched
-        self.score = np.array([np.float32(frame.mean()) for frame in frames])
-        return self
-
-    def cpu(self):
-        return self
+def judging(threshold: float | None) -> Mean:
+    predictor = Mean()
+    predictor.threshold = threshold
+    return predictor
 
 
 @pytest.fixture
@@ -120,7 +111,7 @@ def test_scores_and_verdicts_are_the_predictors(folder):
     alone = [float(np.float32(read_image(folder / name).mean())) for name in names]
     assert result["score"].to_pylist() == alone
     middle = sorted(alone)[1]
-    verdicts = scored(found, Mean(middle), "digest")
+    verdicts = scored(found, judging(middle), "digest")
     assert verdicts["is_anomalous"].to_pylist() == [score > middle for score in alone]
     assert set(verdicts["threshold"].to_pylist()) == {middle}
     assert set(result["model"].to_pylist()) == {"digest"}
@@ -154,7 +145,7 @@ def test_one_that_cannot_be_computed_fails_alone_and_nan_is_anomalous(tmp_path):
 
 def test_without_a_threshold_there_is_a_score_and_no_verdict(folder):
     (found,) = decoded(table("0.png"), str(folder))
-    (row,) = scored(found, Mean(None), "digest").to_pylist()
+    (row,) = scored(found, judging(None), "digest").to_pylist()
     assert row["score"] is not None
     assert row["is_anomalous"] is row["threshold"] is None
 

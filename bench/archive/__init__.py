@@ -1,0 +1,1 @@
+"""Archives beside single-process predictions. Never: the service."""
