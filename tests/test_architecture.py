@@ -227,7 +227,7 @@ FAULTS = {
         add("efficientad/utils/__init__.py", "x = 1"),
         "efficientad.utils: a room's __init__",
     ),
-    "a long file": (add(UTILS, "\n" * MOST_LINES), "utils.files: 4"),
+    "a long file": (add(UTILS, "\n" * MOST_LINES), "lines, at most 400"),
     "a long function": (add(UTILS, "def f():\n" + "    x = 1\n" * 99), "utils.files.f: 100 lines"),
     "a crowded room": (
         both(*(add(f"efficientad/utils/x{i}.py", "") for i in range(MOST_MODULES))),

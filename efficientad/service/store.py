@@ -1,8 +1,9 @@
 """Where verdicts are kept: an SQLite database in WAL mode and the picture files beside it.
 
 A folder holds `verdicts.sqlite3` and `pictures/THOUSANDS/ID.SUFFIX`. One thread writes; whatever
-waits for it goes into one transaction. A picture's file is written inside the transaction of its
-row, so a process that is killed leaves at most files without a row, which the next start removes.
+waits for it goes into one transaction, whose files are brought to the disk together. A picture's
+file is written inside the transaction of its row, so a process that is killed leaves at most files
+without a row, which the next start removes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from efficientad.utils.files import DiskSync
 
 T = TypeVar("T")
 
@@ -92,12 +95,12 @@ class Record:
 
 
 class Transaction:
-    """An open transaction: its connection, and what to do once it stands or has failed."""
+    """An open transaction: its connection, its new files, and what to do once it stands."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
+        self.files: list[Path] = []  # removed if it fails
         self.on_commit: list[Callable[[], object]] = []
-        self.on_rollback: list[Callable[[], object]] = []
 
 
 Job = Callable[[Transaction], T]
@@ -122,11 +125,12 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike, *, durable: bool = True) -> None:
         self.folder = Path(folder)
-        self.durable = durable
+        self._disk = DiskSync() if durable else None
+        self._new_folder = True  # its name may not be on the disk yet
         try:
             (self.folder / PICTURES).mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            self._db = self._opened()
+            self._db = self._opened(durable)
         except (OSError, sqlite3.Error) as error:
             if isinstance(error, StoreError):
                 raise
@@ -159,7 +163,8 @@ class Store:
     def submit(self, job: Job[T]) -> Future[T]:
         """Run a job in the writer's next transaction; the future gives its result when it stands.
 
-        A job that raises is undone alone, and its future raises the same.
+        A job that raises is undone alone, and its future raises the same. A transaction that cannot
+        be written is undone, and each of its jobs is run again in one of its own.
 
         Raises:
             StoreError: the store is closed.
@@ -196,6 +201,8 @@ class Store:
         self._thread.join()
         self._db.close()
         self._lock.close()
+        if self._disk is not None:
+            self._disk.close()
 
     def __enter__(self) -> Store:
         return self
@@ -217,11 +224,11 @@ class Store:
             raise StoreError(f"the store {self.folder} is in use by another process") from None
         return lock
 
-    def _opened(self) -> sqlite3.Connection:
+    def _opened(self, durable: bool) -> sqlite3.Connection:
         db = sqlite3.connect(self.folder / DATABASE, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA journal_mode = WAL")
-            db.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")
+            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             (application,) = db.execute("PRAGMA application_id").fetchone()
             (version,) = db.execute("PRAGMA user_version").fetchone()
             (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -269,7 +276,7 @@ class Store:
             with contextlib.suppress(queue.Empty):
                 while len(waiting) < MOST_AT_ONCE and waiting[-1] is not None:
                     waiting.append(self._jobs.get_nowait())
-            jobs = [job for job in waiting if job is not None]
+            jobs = [one for one in waiting if one and one[1].set_running_or_notify_cancel()]
             if jobs:
                 self._commit(jobs)
             if waiting[-1] is None:
@@ -285,38 +292,42 @@ class Store:
                 done, result = self._run(job, future, whole)
                 if done:
                     results.append((future, result))
-            if self.durable:
-                self._sync_folders(whole)
+            self._sync(whole.files)
             self._db.execute("COMMIT")
         except Exception as error:  # a full disk: nothing of it stands, and nobody is answered
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
-            _call(whole.on_rollback)
+            _remove(whole.files)
+            waiting = [(job, future) for job, future in jobs if not future.done()]
+            if len(jobs) > 1:  # it may be one of them alone
+                for one in waiting:
+                    self._commit([one])
+                return
             failure = StoreError(f"the store {self.folder} cannot be written: {error}")
-            for _, future in jobs:
-                if future.running() or future.set_running_or_notify_cancel():
-                    future.set_exception(failure)
+            for _, future in waiting:
+                future.set_exception(failure)
             return
-        _call(whole.on_commit)
+        for function in whole.on_commit:
+            with contextlib.suppress(OSError):  # a file that is gone already
+                function()
         for future, result in results:
             future.set_result(result)
 
     def _run(self, job: Job, future: Future, whole: Transaction) -> tuple[bool, Any]:
-        if not future.set_running_or_notify_cancel():
-            return False, None
+        """Whether a job ended well, and its result; of one that did not, nothing is left."""
         part = Transaction(self._db)
         self._db.execute("SAVEPOINT job")
         try:
             result = job(part)
         except Exception as error:
+            _remove(part.files)
             self._db.execute("ROLLBACK TO job")
             self._db.execute("RELEASE job")
-            _call(part.on_rollback)
             future.set_exception(error)
             return False, None
-        self._db.execute("RELEASE job")
+        whole.files += part.files
         whole.on_commit += part.on_commit
-        whole.on_rollback += part.on_rollback
+        self._db.execute("RELEASE job")
         return True, result
 
     def _insert(self, transaction: Transaction, record: Record) -> int:
@@ -337,32 +348,25 @@ class Store:
                 (number, *record.map_size, record.map_values),
             )
         path = self.picture_path(number, record.suffix)
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "wb") as file:  # one without a row, from an earlier failure, may be there
-            transaction.on_rollback.append(lambda: path.unlink(missing_ok=True))
-            file.write(record.picture)
-            if self.durable:
-                file.flush()
-                os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir()
+            self._new_folder = True
+        transaction.files.append(path)
+        path.write_bytes(record.picture)  # one without a row, from an earlier failure, may be there
         return number
 
-    def _sync_folders(self, transaction: Transaction) -> None:
-        """Make the names of new files durable, too."""
-        if not transaction.on_rollback or os.name == "nt":  # no new file
+    def _sync(self, files: list[Path]) -> None:
+        """Wait until new files and their names are on the disk."""
+        if self._disk is None or not files:
             return
-        (last,) = self._db.execute("SELECT max(id) FROM verdicts").fetchone()
-        first = max(1, last - MOST_AT_ONCE)
-        folders = {self.picture_path(number, "x").parent for number in (first, last)}
-        for folder in (*folders, self.folder / PICTURES):
-            if folder.is_dir():
-                opened = os.open(folder, os.O_RDONLY)
-                try:
-                    os.fsync(opened)
-                finally:
-                    os.close(opened)
+        folders = {path.parent for path in files}
+        if self._new_folder:
+            folders.add(self.folder / PICTURES)
+        self._disk.wait(files, list(folders))
+        self._new_folder = False
 
 
-def _call(functions: list[Callable[[], object]]) -> None:
-    for function in functions:
-        with contextlib.suppress(OSError):  # a file that is gone already, or stays for the sweep
-            function()
+def _remove(files: list[Path]) -> None:
+    for path in files:
+        with contextlib.suppress(OSError):  # it stays for the next start's sweep
+            path.unlink()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from efficientad.service.retention import DAY, GIGABYTE, Retention
-from efficientad.service.store import DATABASE, PICTURES, Record, Store, StoreError
+from efficientad.service.store import DATABASE, PICTURES, Record, Store, StoreError, Transaction
 
 
 def record(score: float = 0.2, picture: bytes = b"picture", **changes) -> Record:
@@ -142,6 +142,96 @@ def test_a_commit_that_fails_takes_the_files_back(store, monkeypatch):
     assert store.add(record()).result(10) == 1
 
 
+@pytest.fixture
+def durable(tmp_path):
+    with Store(tmp_path / "durable") as opened:
+        yield opened
+
+
+def together(store: Store, records: list[Record]) -> list:
+    """Futures of records that come while the writer is at work, and so share a transaction."""
+    begun, blocked = threading.Event(), threading.Event()
+
+    def hold(step: Transaction) -> None:
+        begun.set()
+        assert blocked.wait(10)
+
+    store.submit(hold)
+    assert begun.wait(10)
+    futures = [store.add(one) for one in records]
+    blocked.set()
+    return futures
+
+
+def test_records_that_wait_share_a_transaction_and_their_files_are_synced_before_it_stands(
+    durable, monkeypatch
+):
+    synced: list[set] = []
+    wait_for_disk = durable._disk.wait
+
+    def note(paths, folders):
+        wait_for_disk(paths, folders)
+        assert all(path.read_bytes() == b"picture" for path in paths)
+        assert rows(durable) == []  # not committed yet
+        synced.append({path.name for path in (*paths, *folders)})
+
+    monkeypatch.setattr(durable._disk, "wait", note)
+    numbers = [f.result(10) for f in together(durable, [record() for _ in range(5)])]
+    assert numbers == [1, 2, 3, 4, 5]
+    assert synced == [{"1.png", "2.png", "3.png", "4.png", "5.png", "000000", PICTURES}]
+
+
+def test_a_file_that_the_disk_refuses_fails_alone(durable, monkeypatch):
+    sync = os.fsync
+
+    def refuse(opened):
+        if os.fstat(opened).st_size == len(b"broken"):
+            raise OSError(5, "Input/output error")
+        sync(opened)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    pictures = [b"a", b"b", b"broken", b"c"]
+    futures = together(durable, [record(picture=data) for data in pictures])
+    with pytest.raises(StoreError, match=r"cannot be written: .*Input/output"):
+        futures.pop(2).result(10)
+    numbers = [f.result(10) for f in futures]
+    assert numbers == sorted(numbers)
+    assert [row["id"] for row in rows(durable)] == numbers
+    found = [durable.picture_path(n, "png").read_bytes() for n in numbers]
+    assert found == [b"a", b"b", b"c"]
+    assert files(durable.folder) == {f"{n}.png" for n in numbers}
+
+
+def test_a_transaction_that_cannot_be_committed_is_tried_again_one_by_one(store, monkeypatch):
+    class FullFor:
+        """Its disk has no room for the second record."""
+
+        def __init__(self, db):
+            self.db = db
+
+        def execute(self, sql, *values):
+            if sql == "COMMIT":
+                (full,) = self.db.execute(
+                    "SELECT count(*) FROM verdicts WHERE name = 'no room'"
+                ).fetchone()
+                if full:
+                    raise sqlite3.OperationalError("database or disk is full")
+            return self.db.execute(sql, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_db", FullFor(store._db))
+        names = ["a", "no room", "b", "c"]
+        first, lost, *rest = together(store, [record(name=name) for name in names])
+        with pytest.raises(StoreError, match="disk is full"):
+            lost.result(10)
+        numbers = [f.result(10) for f in (first, *rest)]
+    assert numbers == sorted(numbers)
+    assert [(row["id"], row["name"]) for row in rows(store)] == [
+        (number, name) for number, name in zip(numbers, ["a", "b", "c"], strict=True)
+    ]
+    assert files(store.folder) == {f"{n}.png" for n in numbers}
+
+
 def test_a_cancelled_record_is_not_stored_and_stops_nobody(store):
     blocked = threading.Event()
     first = store.submit(lambda step: blocked.wait(10))
@@ -204,6 +294,41 @@ def test_the_start_removes_files_without_a_row_and_no_other_file(tmp_path):
         assert [row["suffix"] for row in rows(store)] == ["png", None, "png"]
     assert files(tmp_path) == {"1.png", "3.png", "notes.txt", "5000.png", "7.png"}
     assert (tmp_path / PICTURES / "mine" / "7.png").exists()
+
+
+STOPS = """
+import os, signal, sys, threading
+from tests.service.test_store import record, together
+from efficientad.service.store import Store
+store = Store(sys.argv[1])
+execute = store._db.execute
+class Dies:
+    def execute(self, sql, *values):
+        last = sql == "COMMIT" and execute("SELECT count(*) FROM verdicts").fetchone()[0] == 8
+        if last and sys.argv[2] == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = execute(sql, *values)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+store._db = Dies()
+for future in together(store, [record(picture=b"%d" % i) for i in range(8)]):
+    print(future.result(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("when", "stored"), [("before", 0), ("after", 8)])
+def test_a_kill_around_the_commit_of_a_batch_keeps_all_of_it_or_nothing(tmp_path, when, stored):
+    words = [sys.executable, "-c", STOPS, str(tmp_path), when]
+    killed = subprocess.run(words, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.stdout == ""  # nobody was answered
+    with Store(tmp_path, durable=False) as store:
+        assert (store.removed, store.missing) == (8 - stored, 0)
+        assert [row["id"] for row in rows(store)] == list(range(1, stored + 1))
+        assert files(tmp_path) == {f"{n}.png" for n in range(1, stored + 1)}
+        pictures = [store.picture_path(n + 1, "png").read_bytes() for n in range(stored)]
+        assert pictures == [b"%d" % n for n in range(stored)]
 
 
 WRITER = """
