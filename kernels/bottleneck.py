@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import needs_fence, proxy_fence, relu, target_of
+from .common import needs_fence, proxy_fence, relu, target_of, wait_for_last
 from .grouped import ARCHITECTURES, Tile, check_rows, divisor, from_table
 from .launching import launch
 
@@ -44,7 +44,9 @@ def _encode_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_last(PDL)
     DEPTH: tl.constexpr = SIDE * SIDE * CIN
     STEPS: tl.constexpr = DEPTH // (SPLITS * BK)
     split = tl.program_id(0) % SPLITS
@@ -80,7 +82,9 @@ def _decode_kernel(
     FENCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_last(PDL)
     TILES_N: tl.constexpr = COUT // BN
     pid = tl.program_id(0)
     place = pid % (OUT * OUT)

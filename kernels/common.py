@@ -6,12 +6,25 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def relu(x):
     """max(x, 0) that keeps NaN: a plain `tl.maximum` would turn a NaN into a normal image."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def wait_for_last(PDL: tl.constexpr):
+    """Comes before any access to memory in kernels that `launching.overlapped` starts early.
+
+    All that earlier kernels of the stream wrote is there afterwards, for each of them waits, too.
+    The next kernel may then take its place on the multiprocessors.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from .common import needs_fence, relu, rounds_twice, target_of
+from .common import needs_fence, relu, rounds_twice, target_of, wait_for_last
 from .grouped import (
     Tile,
     accumulate_conv,
@@ -92,7 +92,9 @@ def _conv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_last(PDL)
     # Programs that share activations are neighbours, so that these stay in the L2 cache.
     TILES_N: tl.constexpr = (COUT0 + COUT1) // BN
     pid = tl.program_id(0)

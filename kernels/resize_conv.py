@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import conv
-from .common import relu, target_of
+from .common import relu, target_of, wait_for_last
 from .grouped import Tile, check_rows, divisor, from_table
 from .launching import launch
 
@@ -99,7 +99,9 @@ def _resize_conv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_last(PDL)
     TILES_N: tl.constexpr = COUT // BN
     CHUNKS: tl.constexpr = CIN // BK
     pid = tl.program_id(0)
@@ -164,7 +166,9 @@ def _resize_kernel(
     CIN: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,  # channels
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_last(PDL)
     CHUNKS: tl.constexpr = CIN // BC
     m = (tl.program_id(0) // CHUNKS) * BM + tl.arange(0, BM)
     real = (m < n_pixels)[:, None]

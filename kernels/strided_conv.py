@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import needs_fence, proxy_fence, relu, target_of
+from .common import needs_fence, proxy_fence, relu, target_of, wait_for_last
 from .grouped import Tile, check_rows, divisor, from_table
 from .launching import launch
 
@@ -62,7 +62,9 @@ def _strided_conv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_last(PDL)
     TILES_N: tl.constexpr = COUT // BN
     # The vector width that x's strides and first element allow in every view that the launcher
     # lets through (an interior view of RGBX pixels is aligned to a pixel, 8 bytes, no more).

@@ -7,6 +7,7 @@ constants come from the launchers' own functions, the network's shapes from `ben
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from bench.census.case import CensusCase, each_once
 from bench.census.pdn import conv_case
@@ -194,6 +195,18 @@ def _all_cases(arch: int) -> Iterator[CensusCase]:
     yield from _map_cases(arch)
 
 
+def _early(case: CensusCase) -> CensusCase:
+    """The kernel as `launching.overlapped` starts it."""
+    return replace(case, config=f"{case.config}, early", constexprs=case.constexprs | {"PDL": True})
+
+
 def cases(arch: int) -> Iterator[CensusCase]:
-    """Every shipped configuration for compute capability `arch`, each once."""
-    return each_once(_all_cases(arch))
+    """Every shipped configuration for compute capability `arch`, each once.
+
+    From sm_90 on also as kernels that start early, which no predictor does yet.
+    """
+    found = list(each_once(_all_cases(arch)))
+    yield from found
+    if arch >= 90:
+        halves = [case for case in found if case.dtype == "fp16"]  # bf16's differ in no way
+        yield from (_early(case) for case in halves if "PDL" in case.function.arg_names)

@@ -105,13 +105,13 @@ def source_of(case: CensusCase):
         pointer = kind.startswith("*") and not param.do_not_specialize_on_alignment
         if pointer or param.name in case.divisible_by_16:
             attrs[(i,)] = multiple_of_16
-    missing = set(signature) - set(case.signature) - set(case.constexprs)
+    defaults = {p.name: p.default for p in function.params if p.has_default}
+    constants = defaults | case.constexprs
+    missing = set(signature) - set(case.signature) - set(constants)
     unknown = (set(case.signature) | set(case.constexprs)) - set(signature)
     if missing or unknown:
         raise ValueError(f"{case.kernel}: missing arguments {missing}, unknown {unknown}")
-    return ASTSource(
-        fn=function, signature=signature, constexprs=dict(case.constexprs), attrs=attrs
-    )
+    return ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
 
 
 def compile_case(case: CensusCase, arch: int) -> tuple[dict[str, object], bytes]:
@@ -131,6 +131,7 @@ def compile_case(case: CensusCase, arch: int) -> tuple[dict[str, object], bytes]
                 "num_warps": case.num_warps,
                 "num_stages": case.num_stages,
                 "enable_fp_fusion": True,
+                "launch_pdl": bool(case.constexprs.get("PDL")),
             },
         )
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())

@@ -9,7 +9,7 @@ they hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -30,13 +30,17 @@ from efficientad.model.detector import EfficientAD
 from efficientad.model.image_score import ScoreRule, scored
 from efficientad.model.region import resized
 from efficientad.ops import reference
-from efficientad.ops.kernel_launch import kernel_by
+from efficientad.ops.kernel_launch import kernel_by, overlapped
 from efficientad.utils.devices import full_float32
 
 Maps = tuple[Tensor, Tensor]
+PDL_CAPABILITY = (9, 0)
 # The largest batch in which all waits for the autoencoder, see `distance_maps_in_turn`: chosen on
 # measurements whose raw file was lost; the next GPU run decides.
 IN_TURN = 1
+# Whether the autoencoder's kernels start while the one before still runs (programmatic dependent
+# launch, from sm_90 on): not measured yet, the next GPU run decides.
+PDL = False
 
 
 class RegionMasks:
@@ -174,7 +178,8 @@ class KernelBackend:
             yield
             return
         self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._side):
+        early = PDL and torch.cuda.get_device_capability(self.device) >= PDL_CAPABILITY
+        with torch.cuda.stream(self._side), overlapped() if early else nullcontext():
             yield
 
     def anomaly_map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -134,6 +135,13 @@ def open_bundle(path: str | os.PathLike, arch: int) -> BundleLaunch:
     if problem is not None:
         raise BundleError(f"kernel bundle {path} {problem}")
     return BundleLaunch(bundle, path)
+
+
+def overlapped() -> contextlib.AbstractContextManager[None]:
+    """See `kernels.launching.overlapped`."""
+    from efficientad.kernels import launching
+
+    return launching.overlapped()
 
 
 def kernel_by(operation: str, way: Callable | None = None, target: int | None = None) -> Callable:

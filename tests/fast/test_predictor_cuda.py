@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from efficientad.fast import backends
 from efficientad.fast.predictor import FastPredictor
 from efficientad.model.agreement import BOUNDS
 
@@ -40,6 +41,17 @@ def eager(predictor: FastPredictor, frames: np.ndarray) -> tuple[torch.Tensor, t
 
 def test_the_kernels_are_used(predictor):
     assert predictor.facts["backend"] == "triton kernels", predictor.facts["reason"]
+
+
+def test_kernels_that_start_early_give_the_same_bits(predictor, cuda, monkeypatch):
+    """Programmatic dependent launch in the branch, in graphs and out of them."""
+    monkeypatch.setattr(backends, "PDL", True)
+    early = FastPredictor(helpers.detector(), device=cuda, batch_sizes=(1, 4), backend="triton")
+    for n in (1, 4) * 20:
+        frames = noise(n, seed=n)
+        for found, wanted in zip(eager(early, frames), eager(predictor, frames), strict=True):
+            assert torch.equal(found, wanted)
+        assert torch.equal(early(frames).anomaly_map, predictor(frames).anomaly_map)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -106,6 +106,51 @@ def test_more_images_wait_before_the_distance(backend, recorder):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("wanted", "capability", "early"),
+    [(True, (9, 0), 1), (True, (12, 0), 1), (True, (8, 9), 0), (False, (9, 0), 0)],
+)
+def test_the_branch_alone_starts_its_kernels_early(
+    wanted, capability, early, backend, recorder, monkeypatch
+):
+    @contextlib.contextmanager
+    def overlapped():
+        recorder.log.append("early")
+        yield
+        recorder.log.append("as usual")
+
+    monkeypatch.setattr(backends, "PDL", wanted)
+    monkeypatch.setattr(backends, "overlapped", overlapped)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    run(backend, backends.IN_TURN + 1)
+    branch = [BRANCH[0], *["early"] * early, BRANCH[1], *["as usual"] * early]
+    assert recorder.log[:-3] == branch
+
+
+def test_kernels_start_early_only_where_they_are_told_to():
+    from efficientad.kernels import launching
+
+    launched = []
+
+    class Kernel:
+        def __init__(self, *names):
+            self.arg_names = names
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, args, options))
+
+    early = {"PDL": True, "launch_pdl": True}
+    launching.launch(Kernel("x", "PDL"), 3, 1, num_warps=4)
+    with launching.overlapped():
+        launching.launch(Kernel("x", "PDL"), 3, 1, num_warps=4)
+        launching.launch(Kernel("x"), 3, 1)
+    launching.launch(Kernel("x", "PDL"), 3, 1)
+    assert launched == [
+        ((3,), (1,), {"num_warps": 4}), ((3,), (1,), {"num_warps": 4} | early), ((3,), (1,), {}),
+        ((3,), (1,), {}),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("images", [backends.IN_TURN, backends.IN_TURN + 1])
 @pytest.mark.parametrize("where", ["autoencoder", "trunk"])

@@ -159,6 +159,7 @@ def _copy(match, instr, kernel):
                 int(m.full(m.read(c, U4))[thread].view(np.int32)) for c in source.coordinates
             )
             start = offsets(m, to, np.array([thread]))[0]
+            m.reach(np.array([thread]))
             data = _box(m, tensor, row, column, block)
             counter = _find(m, block, place)
             m.shared.fill(block, warp, _spread(tensor, start).reshape(-1), data.reshape(-1),

@@ -29,6 +29,8 @@ from efficientad.ops import reference
 
 F16, BF16, F8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
 ARCHITECTURES = (80, 89, 90, 120)
+EARLY = ", early"  # behind a name: as `launching.overlapped` starts it
+STARTED_EARLY = ("strided", "resize", "bottleneck", "conv")
 LARGE = 2**24  # pixels, for a table's last row
 
 

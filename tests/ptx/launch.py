@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Launch:
     """What a launcher hands to the driver.
 
     Attributes:
+        overlapped: whether it starts while the launch before still runs.
         args: (type, value) each: ("ptr", address), ("i32" or "i64", int), ("fp32", float) or
             ("map", TensorMap).
     """
@@ -28,6 +29,7 @@ class Launch:
     grid: int
     shared_bytes: int
     args: list[tuple[str, object]]
+    overlapped: bool = False
 
 
 @dataclass
@@ -78,6 +80,7 @@ def run(launch: Launch, memory: Global) -> int:
     for first in range(0, launch.grid, step):
         blocks = min(step, launch.grid - first)
         machine = Machine(kernel, memory, launch.shared_bytes, args, maps, first, blocks)
+        machine.released = np.full(machine.lanes, not launch.overlapped)
         machine.run()
         steps += machine.steps
     return steps
@@ -88,5 +91,5 @@ def replay(recording: Recording, change=None) -> Global:
     memory = Global(recording.buffers)
     for launch in recording.launches:
         ptx = change(launch.name, launch.ptx) if change else launch.ptx
-        run(Launch(launch.name, ptx, launch.grid, launch.shared_bytes, launch.args), memory)
+        run(replace(launch, ptx=ptx), memory)
     return memory

@@ -82,6 +82,7 @@ class Machine:
         regs: name -> values.
         mask: threads that run the current instruction, its guard included; None: all.
         block, thread: of each simulated thread, counted from 0.
+        released: threads that may touch global memory: the launches before have ended for them.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Machine:
         self.path = Path(0, self.everyone)
         self.parked: dict[int, np.ndarray] = {}  # barrier's instruction -> threads that wait there
         self.finished = np.zeros(self.lanes, bool)
+        self.released = self.everyone
         self.steps = 0
         self.memory.first_block = first
 
@@ -155,6 +157,15 @@ class Machine:
     def address(self, operand: Address, dtype=np.uint64) -> np.ndarray:
         value = self.full(self.read(operand.base, np.dtype(dtype)))
         return value + dtype(operand.offset % 2 ** (8 * np.dtype(dtype).itemsize))
+
+    def reach(self, threads: np.ndarray) -> None:
+        """Before threads, by index, touch global memory.
+
+        Raises:
+            Fault: the launch before may still run, and they have not waited for it.
+        """
+        if not self.released[threads].all():
+            raise Fault("no wait for the launch before", "global memory")
 
     def full(self, value: np.ndarray) -> np.ndarray:
         return value if len(value) == self.lanes else np.broadcast_to(value, (self.lanes,))

@@ -10,6 +10,7 @@ hand a kernel and its arguments to the driver they are written down.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import pickle
@@ -23,8 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from efficientad.kernels.launching import overlapped
 from ptx.bulk import TensorMap
-from ptx.cases import CASES
+from ptx.cases import CASES, EARLY
 from ptx.launch import Launch, Recording
 
 SWIZZLE = {1: 32, 2: 64, 3: 128}  # of CUtensorMapSwizzle
@@ -75,7 +77,14 @@ class Recorder:
         if len(grid) != 1:
             raise ValueError(f"{kernel.name} has the grid {grid}")
         self.recording.launches.append(
-            Launch(kernel.name, kernel.asm["ptx"], grid[0], kernel.metadata.shared, passed)
+            Launch(
+                kernel.name,
+                kernel.asm["ptx"],
+                grid[0],
+                kernel.metadata.shared,
+                passed,
+                bool(kernel.metadata.launch_pdl),
+            )
         )
 
     def _descriptor(self, value: TensorDescriptor, meta: dict) -> list[tuple[str, object]]:
@@ -123,10 +132,11 @@ def record(arch: int, name: str) -> Recording:
     original = JITFunction.run
     JITFunction.run = lambda self, *args, **kwargs: recorder(self, *args, **kwargs)
     try:
-        run, inputs, outputs, wanted = CASES[name](arch)
+        run, inputs, outputs, wanted = CASES[name.removesuffix(EARLY)](arch)
         for tensor in (*inputs, *outputs.values()):
             recorder.keep(tensor)
-        run()
+        with overlapped() if name.endswith(EARLY) else contextlib.nullcontext():
+            run()
     finally:
         JITFunction.run = original
     return recorder.finish(outputs, wanted)

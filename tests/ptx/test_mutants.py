@@ -125,6 +125,29 @@ ASYNC = {  # in a distance with wgmma, cp.async and bulk copies
 }  # fmt: skip
 
 
+EARLY = {  # in a kernel that starts before the one before has ended
+    "dropped wait": Mutant("no wait for the launch before", r"griddepcontrol\.wait ;"),
+    "a wait of one warp alone": Mutant(
+        "no wait for the launch before", r"(griddepcontrol\.wait ;)",
+        r"mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 \1"
+    ),
+    "a wait behind the first read": Mutant(
+        "no wait for the launch before", r"(griddepcontrol\.wait ;)([\s\S]*?cp\.async\.c[^;]*;)",
+        r"\2 \1"
+    ),
+    "a wait for the wrong thing": Mutant(
+        "no wait for the launch before", r"griddepcontrol\.wait ;",
+        "griddepcontrol.launch_dependents ;"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EARLY)
+def test_fault_with_an_early_start(name):
+    check(recorded("90:strided, early")["90:strided, early"], EARLY[name])
+
+
 @pytest.mark.parametrize("name", ASYNC)
 def test_fault_with_wgmma(name):
     check(recorded(*SMALL)["90:last"], ASYNC[name])

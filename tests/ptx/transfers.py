@@ -49,6 +49,7 @@ def _load_global(match, instr, kernel):
         place = m.address(address)[threads]
         if (place % np.uint64(size * len(names))).any():
             raise Fault("misaligned", f"{size * len(names)} bytes")
+        m.reach(threads)
         for i, name in enumerate(names):
             values = m.memory.load(place + np.uint64(i * size), size, m.block[threads])
             _scatter(m, name, threads, values)
@@ -66,6 +67,7 @@ def _store_global(match, instr, kernel):
         place = m.address(address)[threads]
         if (place % np.uint64(dtype.itemsize * len(names))).any():
             raise Fault("misaligned", f"{dtype.itemsize * len(names)} bytes")
+        m.reach(threads)
         for i, name in enumerate(names):
             values = m.full(m.read(name, dtype))[threads]
             m.memory.store(place + np.uint64(i * dtype.itemsize), values, m.block[threads])
@@ -122,6 +124,7 @@ def _copy(match, instr, kernel):
         start = m.address(source)[threads]
         if (place % size).any() or (start % np.uint64(size)).any():
             raise Fault("misaligned", f"cp.async of {size} bytes")
+        m.reach(threads)
         if (count % 4).any() or (count > size).any():
             raise Fault("unknown instruction", instr.text)
         for i in range(0, size, 4):
@@ -243,6 +246,16 @@ def _fence(match, instr, kernel):
     def step(m: Machine) -> None:
         index = np.unique(m.active() // 32)
         m.shared.fence(index // (m.threads // 32), index % (m.threads // 32))
+
+    return step
+
+
+@instruction(r"griddepcontrol\.(wait|launch_dependents)")
+def _grid(match, instr, kernel):
+    def step(m: Machine) -> None:  # the launches before have run already: what counts is who waits
+        if match[1] == "wait":
+            m.released = m.released.copy()
+            m.released[m.active()] = True
 
     return step
 
