@@ -62,7 +62,10 @@ def read_image(source: Any, value_range: ValueRange | None = None) -> np.ndarray
     without an agreed range; its subclass MissingImage, which is a FileNotFoundError too, for a path
     that does not exist.
     """
-    pixels = _read(source, value_range)
+    return _looked_after(_read(source, value_range))
+
+
+def _looked_after(pixels: np.ndarray) -> np.ndarray:
     if pixels.size > _LARGE:
         give_back_freed()
     return pixels
@@ -76,16 +79,20 @@ def _read(source: Any, value_range: ValueRange | None) -> np.ndarray:
         with naming_errors(name):
             return levels_of(np.asarray(source), value_range)
     with naming_errors(name, source), opened(source) as (image, stream):
-        deep = _deep_tiff(image, stream)
-        if deep is None:
-            deep = _deep_png(image, stream) if value_range is not None else None
-        if deep is not None:
-            levels = levels_of(deep.pixels, value_range, deep.maximum)
-            del deep
-        else:
-            levels = pillow_levels(image, value_range)
-        apply_profile(levels, image)
-        return oriented(levels, orientation_of(image))
+        return _pixels(image, stream, value_range)
+
+
+def _pixels(image: Any, stream: Any, value_range: ValueRange | None) -> np.ndarray:
+    deep = _deep_tiff(image, stream)
+    if deep is None:
+        deep = _deep_png(image, stream) if value_range is not None else None
+    if deep is not None:
+        levels = levels_of(deep.pixels, value_range, deep.maximum)
+        del deep
+    else:
+        levels = pillow_levels(image, value_range)
+    apply_profile(levels, image)
+    return oriented(levels, orientation_of(image))
 
 
 class Shape(NamedTuple):
@@ -106,12 +113,39 @@ def image_shape(source: Any) -> Shape:
         height, width = np.shape(source)[:2]
         return Shape((height, width), 1)
     with naming_errors(source_name(source), source), opened(source) as (image, stream):
-        width, height = image.size
-        # Pillow already turns the size of a TIFF, and would decode a whole PNG to look for EXIF.
-        known = image.format != "PNG" or "exif" in image.info or _exif_behind_pixels(stream)
-        orientation = orientation_of(image) if known else 1
-        turned = orientation >= 5 and image.format != "TIFF"
-        return Shape((width, height) if turned else (height, width), orientation)
+        return _shape(image, stream)
+
+
+def _shape(image: Any, stream: Any) -> Shape:
+    width, height = image.size
+    # Pillow already turns the size of a TIFF, and would decode a whole PNG to look for EXIF.
+    known = image.format != "PNG" or "exif" in image.info or _exif_behind_pixels(stream)
+    orientation = orientation_of(image) if known else 1
+    turned = orientation >= 5 and image.format != "TIFF"
+    return Shape((width, height) if turned else (height, width), orientation)
+
+
+class EncodedImage:
+    """A picture file in memory, opened once: what its header says, then its pixels.
+
+    Attributes:
+        format: as Pillow names it ("JPEG"). size: (height, width) as it is shown.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        with naming_errors(source_name(data), data), opened(data) as (image, stream):
+            self._image, self._stream = image, stream
+            self.format = str(image.format)
+            self.size = _shape(image, stream).size
+
+    def pixels(self, value_range: ValueRange | None = None) -> np.ndarray:
+        """RGB pixels, uint8 (H, W, 3): as `read_image`, with its errors. To be called once."""
+        with naming_errors(source_name(self._data), self._data):
+            return _looked_after(_pixels(self._image, self._stream, value_range))
 
 
 def _exif_behind_pixels(png: Any) -> bool:

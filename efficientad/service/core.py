@@ -231,6 +231,7 @@ class Inspection:
         self.hub.close()
         while self._at_work:
             await asyncio.sleep(0.01)
+        self.decoder.close()
         for served in self.models.values():
             await asyncio.to_thread(served.batcher.close)
         await asyncio.to_thread(self.store.close)

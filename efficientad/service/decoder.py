@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from efficientad.data.decoding import ImageError, image_size
-from efficientad.data.opening import opened
-from efficientad.fast.frame_inputs import Frame, read_frame
+from efficientad.data.decoding import EncodedImage, ImageError
+from efficientad.fast.frame_inputs import Frame
 from efficientad.service.limits import Limits, Refused, Share, busy
 from efficientad.utils.checks import ValueRange
 
@@ -41,8 +41,7 @@ class Decoder:
     """Runs work on what was sent in threads, a few at a time.
 
     A thread cannot be stopped: work that takes longer than its limit is refused, its thread ends
-    by itself, and another takes its place, up to `MOST_ABANDONED` of them. Belongs to one event
-    loop.
+    with it, and another takes its place, up to `MOST_ABANDONED` of them. Belongs to one event loop.
     """
 
     def __init__(self, limits: Limits, threads: int | None = None) -> None:
@@ -50,6 +49,7 @@ class Decoder:
         self._slots = asyncio.Semaphore(threads or max(2, min(8, os.cpu_count() or 2)))
         self._waiting = 0
         self._abandoned = 0
+        self._idle: list[_Worker] = []
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of `work`, or what it raised.
@@ -66,24 +66,55 @@ class Decoder:
             await self._slots.acquire()
         finally:
             self._waiting -= 1
-        future: Future[T] = Future()
+        worker = self._idle.pop() if self._idle else _Worker()
+        future = worker.start(work)
         loop = asyncio.get_running_loop()
         seconds = self._limits.decode_seconds
-        threading.Thread(
-            target=_run, args=(work, future), name="efficientad-decoder", daemon=True
-        ).start()
         try:
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), seconds)
         except asyncio.TimeoutError:
             raise Refused(422, f"decoding took longer than {seconds:g} seconds") from None
         finally:
             self._slots.release()
-            if not future.done():  # too long, or nobody waits any more
+            if future.done():
+                self._idle.append(worker)
+            else:  # too long, or nobody waits any more
+                worker.end()
                 self._abandoned += 1
                 future.add_done_callback(lambda _: _later(loop, self._back))
 
+    def close(self) -> None:
+        """End the threads that wait for work."""
+        while self._idle:
+            self._idle.pop().end()
+
     def _back(self) -> None:
         self._abandoned -= 1
+
+
+class _Worker:
+    """A thread that does one work after the other."""
+
+    def __init__(self) -> None:
+        self._works: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = (
+            queue.SimpleQueue()
+        )
+        threading.Thread(target=self._run, name="efficientad-decoder", daemon=True).start()
+
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        """Do a work, once those before it are done."""
+        future: Future[T] = Future()
+        self._works.put((work, future))
+        return future
+
+    def end(self) -> None:
+        """End the thread, once its works are done."""
+        self._works.put(None)
+
+    def _run(self) -> None:
+        while (one := self._works.get()) is not None:
+            _run(*one)
+            del one  # its picture
 
 
 def _run(work: Callable[[], T], future: Future[T]) -> None:
@@ -107,12 +138,11 @@ def decode(data: bytes, value_range: ValueRange | None, limits: Limits, share: S
         Refused: 413 for too many pixels by its header, 422 for what cannot be read.
     """
     try:
-        height, width = image_size(data)
+        image = EncodedImage(data)
+        height, width = image.size
         check_pixels(height, width, limits)
         share.take(3 * height * width)
-        with opened(data) as (image, _):
-            suffix = _SUFFIXES.get(str(image.format), "bin")
-        return Picture(data, suffix, read_frame(data, value_range))
+        return Picture(data, _SUFFIXES.get(image.format, "bin"), image.pixels(value_range))
     except ImageError as error:
         raise Refused(422, f"the picture cannot be read: {error.reason}") from error
     except MemoryError as error:

@@ -14,7 +14,13 @@ import torch
 from helpers_images import encoded, tiff
 from PIL import Image, ImageOps
 
-from efficientad.data.decoding import ImageError, MissingImage, image_size, read_image
+from efficientad.data.decoding import (
+    EncodedImage,
+    ImageError,
+    MissingImage,
+    image_size,
+    read_image,
+)
 from efficientad.data.images import load_batches, resize_image, to_tensor
 
 RNG = np.random.default_rng(0)
@@ -121,6 +127,15 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert (np.abs(result.astype(int) - (ramp >> 8)) <= 1).all()  # what 16-bit colour PNG may lose
 
 
+def opened_once(data: bytes, value_range: tuple[float, float] | None = None) -> EncodedImage:
+    """Checks that a file that is opened once gives what `read_image` gives."""
+    image = EncodedImage(data)
+    expected = read_image(data, value_range)
+    assert image.size == expected.shape[:2]
+    np.testing.assert_array_equal(image.pixels(value_range), expected)
+    return image
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "deep TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_as_a_viewer_shows_it(kind: str, orientation: int) -> None:
@@ -140,6 +155,7 @@ def test_orientation_as_a_viewer_shows_it(kind: str, orientation: int) -> None:
     result = read_image(data)
     np.testing.assert_array_equal(result, expected)
     assert image_size(data) == result.shape[:2] == ((7, 9) if orientation < 5 else (9, 7))
+    opened_once(data)
 
 
 @pytest.mark.parametrize(
@@ -339,4 +355,26 @@ def test_a_png_that_is_turned_by_a_chunk_behind_its_pixels(chunk):
     extra += struct.pack(">I", zlib.crc32(kind + content))
     data = plain[:-12] + extra + plain[-12:]
     assert read_image(data).shape[:2] == image_size(data) == COLOUR.shape[1::-1]
+    opened_once(data)
     assert image_size(plain) == COLOUR.shape[:2]
+
+
+def test_a_file_that_is_opened_once_says_what_it_is_and_gives_its_samples():
+    assert opened_once(encoded(Image.fromarray(COLOUR), "JPEG")).format == "JPEG"
+    assert opened_once(tiff(DEEP), (0, 4000)).format == "TIFF"
+    assert opened_once(encoded(Image.fromarray(DEEP)), (0, 4000)).format == "PNG"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_cut_file_that_is_opened_once_fails_as_it_does_otherwise(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(pixels), kind)[:-2000]
+    image = EncodedImage(data)
+    assert image.size == (64, 64)
+    with pytest.raises(ImageError) as expected:
+        read_image(data)
+    with pytest.raises(ImageError) as found:
+        image.pixels()
+    assert str(found.value) == str(expected.value)
+    with pytest.raises(ImageError, match="an image of 7 bytes"):
+        EncodedImage(b"nothing")

@@ -22,7 +22,8 @@ pytest.importorskip("fastapi", reason="the service needs the extra efficientad[s
 
 from helpers_service import part, service
 
-from efficientad.service import decoder, server
+from efficientad.data.decoding import EncodedImage
+from efficientad.service import server
 from efficientad.service.decoder import MOST_ABANDONED, Decoder
 from efficientad.service.limits import Limits, Refused
 
@@ -320,15 +321,15 @@ def test_many_slow_senders_delay_nobody(running):
 
 
 def test_a_picture_that_takes_too_long_is_refused_and_another_is_not(tmp_path, monkeypatch):
-    read, go = decoder.read_frame, threading.Event()
+    read, go = EncodedImage.pixels, threading.Event()
     slow = encoded(Image.new("RGB", (33, 33)))
 
-    def sleepy(data, value_range):
-        if data == slow:
+    def sleepy(image, value_range):
+        if image.size == (33, 33):
             go.wait(20)
-        return read(data, value_range)
+        return read(image, value_range)
 
-    monkeypatch.setattr(decoder, "read_frame", sleepy)
+    monkeypatch.setattr(EncodedImage, "pixels", sleepy)
     with service(tmp_path, limits=Limits(decode_seconds=0.3)) as other:
         status, answer = other.json("POST", "/predict", slow)
         assert (status, answer["error"]) == (422, "decoding took longer than 0.3 seconds")
@@ -353,6 +354,22 @@ def test_threads_at_work_on_what_was_refused_are_few_and_come_back():
         assert await one.run(lambda: 1) == 1
 
     asyncio.run(run())
+
+
+def test_a_thread_decodes_one_picture_after_the_other_and_ends_with_the_service():
+    async def run() -> threading.Thread:
+        one = Decoder(Limits(), threads=2)
+        threads = {await one.run(threading.current_thread) for _ in range(5)}
+        with pytest.raises(ZeroDivisionError):
+            await one.run(lambda: 1 // 0)
+        threads.add(await one.run(threading.current_thread))
+        assert len(threads) == 1
+        one.close()
+        return threads.pop()
+
+    thread = asyncio.run(run())
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_name_is_shown_as_text_and_leads_nowhere(running):
