@@ -228,7 +228,9 @@ def _warm_up(predictor: ServedPredictor) -> None:
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket at an address. Raises OSError, which names it, where it is taken or not here."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio switches Nagle's delay off only where the protocol is named: an answer goes out in two
+    # writes, and the second would wait some 40 ms for the client's acknowledgement of the first.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))

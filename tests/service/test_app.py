@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -20,6 +21,7 @@ pytest.importorskip("fastapi", reason="the service needs the extra efficientad[s
 from helpers_service import POISON, THRESHOLD, Running, StubPredictor, part, service
 
 from efficientad.service.limits import Limits
+from efficientad.service.server import bound_socket
 from efficientad.service.store import StoreError
 
 KEY = "a key of the tests, long enough"
@@ -224,6 +226,24 @@ def test_a_verdict_that_cannot_be_stored_is_not_answered(running, monkeypatch):
     status, headers, body = running.call("POST", "/predict", png(part()))
     assert (status, headers["retry-after"]) == (503, "5")
     assert "score" not in json.loads(body)
+
+
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head():
+    async def accepted_without_delay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sock = writer.get_extra_info("socket")
+            found.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        sock = bound_socket("127.0.0.1", 0)
+        async with await asyncio.start_server(accept, sock=sock):
+            _, writer = await asyncio.open_connection(*sock.getsockname())
+            writer.close()
+            return await asyncio.wait_for(found, 10)
+
+    assert asyncio.run(accepted_without_delay())
 
 
 def test_a_slow_sender_delays_nobody(running):
