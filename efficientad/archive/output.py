@@ -62,7 +62,7 @@ class Places:
 def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[Places]:
     """An output folder, for one run at a time; what it needs is made.
 
-    settings: what its rows depend on; an earlier run must have had the same.
+    settings: what its rows depend on; those that are there must be of the same.
 
     Raises:
         ValueError: a file, a folder with other things in it, one of another run's settings, or one
@@ -78,7 +78,7 @@ def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[Places]:
             f"out is {str(out)!r}, which has files in it and no {NAME}; name a new folder, or that "
             "of an archive to go on with"
         )
-    if earlier is not None and earlier != dict(settings):
+    if earlier is not None and earlier != dict(settings) and row_files(Places(out)):
         raise ValueError(
             f"the rows in {out} are of other settings: {', '.join(different(earlier, settings))}; "
             "name another folder with --out"

@@ -82,8 +82,8 @@ def run(
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("ray.data", "ray"):  # an error is raised as well; Ray's files have its traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     context.checkpoint_config = CheckpointConfig(
         "id",
         str(places.checkpoint),

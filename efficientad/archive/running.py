@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from efficientad.utils.devices import DTYPES, choose_device
 
 DEVICES = ("auto", "cpu", "cuda")
 BATCH = {"cpu": 16, "cuda": 64}  # pictures that are handed to a predictor at once
+_RAISED = re.compile(r"[A-Za-z_][\w.]*: ")  # "ValueError: ..." at the start of a line
 _SECONDS = 1.0  # between two looks at what is written
 Progress = Callable[[int, int], object]  # rows that are there, pictures of the manifest
 
@@ -172,8 +174,16 @@ def _compute(
         try:
             run(places, work, share, **sizes_of)
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise WorkerError(f"the processes of the cluster failed: {reason}") from error
+            raise WorkerError(
+                f"the processes of the cluster failed: {reason_of(str(error))}"
+            ) from error
+
+
+def reason_of(text: str) -> str:
+    """What was raised in a process, out of the traceback that Ray makes of it."""
+    ours = text.partition("\n\nThe above exception was the direct cause")[0]
+    lines = ours.strip().splitlines() or ["no reason given"]
+    return next((line for line in reversed(lines) if _RAISED.match(line)), lines[-1])
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from efficientad.archive import running
 from efficientad.archive.cluster import OWN, Processes, processes
 from efficientad.archive.output import Summary
 from efficientad.archive.rows import RESULTS
-from efficientad.archive.running import Running, WorkerError, archive
+from efficientad.archive.running import Running, WorkerError, archive, reason_of
 from efficientad.cli import archive as command
 from efficientad.cli import main as command_line
 
@@ -184,6 +184,27 @@ def test_a_cluster_is_shared_out(has, share):
 def test_too_small_a_cluster_is_refused(has, message):
     with pytest.raises(ValueError, match=message):
         processes(*has)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "The actor died: \x1b[36mray::X()\n  File x\nValueError: dtype is x",
+            "ValueError: dtype is x",
+        ),
+        (
+            'ray::X()\n  File "rows.py", line 1\nRuntimeError: no memory\nmore\n\n'
+            "The above exception was the direct cause of the following exception:\n\n"
+            "ray.exceptions.UserCodeException: UDF failed",
+            "RuntimeError: no memory",
+        ),
+        ("The node died\nwith all it had", "with all it had"),
+        ("", "no reason given"),
+    ],
+)
+def test_the_reason_is_taken_out_of_rays_traceback(text, reason):
+    assert reason_of(text) == reason
 
 
 # ---- the command -----------------------------------------------------------------------------

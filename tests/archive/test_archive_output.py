@@ -137,10 +137,18 @@ def test_the_sums_add_up(places):
     ],
 )
 def test_rows_of_another_model_are_not_mixed(places, change, said):
+    write(places, "a.parquet", [1])
     before = (places.root / output.NAME).read_bytes()
     with pytest.raises(ValueError, match=said), output.opened(places.root, SETTINGS | change):
         pass
     assert (places.root / output.NAME).read_bytes() == before
+
+
+def test_without_rows_another_model_may_have_the_folder(tmp_path):
+    for settings in (SETTINGS, SETTINGS | {"model": "def"}):
+        with output.opened(tmp_path, settings):
+            pass
+    assert json.loads((tmp_path / output.NAME).read_text())["settings"]["model"] == "def"
 
 
 def test_one_run_at_a_time(tmp_path):
