@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,10 @@ from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 from efficientad.archive.cluster import Processes
 from efficientad.archive.output import Places
 from efficientad.archive.rows import decoded, scored
+from efficientad.data.opening import LIMIT
 from efficientad.fast.frame_inputs import FramePredictor
 from efficientad.utils.checks import ValueRange
 
-BLOCK = 64  # rows of the manifest that one process decodes at a time
-FILE = 512  # rows of a file of the result at least, but for the last ones
 _FILTER_MEMORY = 64 << 20  # that Ray reserves for the process that leaves out what is done
 
 
@@ -40,10 +40,15 @@ class Work:
 
 
 class Decoder:
-    """A process that reads and decodes; see `rows.decoded`."""
+    """A process that reads and decodes; see `rows.decoded`.
 
-    def __init__(self, root: str, value_range: ValueRange | None) -> None:
+    limit: of megapixels, as the environment variable has it where the command runs.
+    """
+
+    def __init__(self, root: str, value_range: ValueRange | None, limit: str | None) -> None:
         self._root, self._value_range = root, value_range
+        if limit is not None:
+            os.environ[LIMIT] = limit
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         yield from decoded(rows, self._root, self._value_range)
@@ -71,12 +76,11 @@ class Settled(CheckpointManager):
         return (ray.put(values), values.nbytes) if len(values) else (None, 0)
 
 
-def run(
-    places: Places, work: Work, share: Processes, *, block: int = BLOCK, file: int = FILE
-) -> None:
+def run(places: Places, work: Work, share: Processes, *, block: int, file: int) -> None:
     """Score what the checkpoint does not name, and write it.
 
-    block, file: see BLOCK and FILE.
+    block: rows of the manifest that a process decodes at a time. file: rows of a file of the result
+    at least, but for the last ones.
 
     Raises what Ray raises where a process fails again and again.
     """
@@ -98,7 +102,7 @@ def run(
         .repartition(target_num_rows_per_block=block)
         .map_batches(
             Decoder,
-            fn_constructor_args=(work.root, work.value_range),
+            fn_constructor_args=(work.root, work.value_range, os.environ.get(LIMIT)),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=share.decoders),
             num_cpus=1,

@@ -29,6 +29,8 @@ from efficientad.utils.devices import DTYPES, choose_device
 
 DEVICES = ("auto", "cpu", "cuda")
 BATCH = {"cpu": 16, "cuda": 64}  # pictures that are handed to a predictor at once
+FILE = {"cpu": 128, "cuda": 1024}  # rows of a file: some seconds' work, which a kill costs
+BLOCK = 64  # rows of the manifest that a process decodes at a time
 _RAISED = re.compile(r"[A-Za-z_][\w.]*: ")  # "ValueError: ..." at the start of a line
 _SECONDS = 1.0  # between two looks at what is written
 Progress = Callable[[int, int], object]  # rows that are there, pictures of the manifest
@@ -48,7 +50,7 @@ class Running:
         workers, scorers: processes that decode and that score; None: as many as fit.
         address: of a Ray cluster, as `ray.init` takes it; None: one of its own on this machine.
         predictor: makes what scores, in each process, of a FastPredictor's arguments.
-        block, file: see `pipeline.run`; None: its own. ray: more options of `ray.init`.
+        block, file: see `pipeline.run`; None: BLOCK and FILE. ray: more options of `ray.init`.
 
     Raises:
         ValueError: one that is not as above.
@@ -169,10 +171,9 @@ def _compute(
         )
         share = processes(int(has.get("CPU", 0)), gpus, running.workers, running.scorers)
         work = Work(manifest.root, detector.value_range, digest, predictor, most or BATCH[device])
-        chosen = {"block": running.block, "file": running.file}
-        sizes_of = {name: value for name, value in chosen.items() if value is not None}
+        block, file = running.block or BLOCK, running.file or FILE[device]
         try:
-            run(places, work, share, **sizes_of)
+            run(places, work, share, block=block, file=file)
         except ray.exceptions.RayError as error:
             raise WorkerError(
                 f"the processes of the cluster failed: {reason_of(str(error))}"

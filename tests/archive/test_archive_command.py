@@ -12,6 +12,7 @@ pytest.importorskip("ray", reason="an archive needs the extra efficientad[archiv
 
 import pyarrow as pa
 from helpers_archive import light_detector
+from PIL import Image
 from pyarrow import parquet as pq
 
 import efficientad as ead
@@ -22,6 +23,7 @@ from efficientad.archive.rows import RESULTS
 from efficientad.archive.running import Running, WorkerError, archive, reason_of
 from efficientad.cli import archive as command
 from efficientad.cli import main as command_line
+from efficientad.data.opening import LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,17 @@ def test_too_small_a_cluster_is_refused(has, message):
 )
 def test_the_reason_is_taken_out_of_rays_traceback(text, reason):
     assert reason_of(text) == reason
+
+
+def test_the_limit_of_pixels_goes_along(tmp_path, monkeypatch):
+    from efficientad.archive.pipeline import Decoder
+
+    monkeypatch.setenv(LIMIT, "300")  # and is put back afterwards
+    Image.new("RGB", (400, 100)).save(tmp_path / "0.png")
+    rows = pa.table({"id": [0], "path": ["0.png"]})
+    for limit, refused in (("0.01", True), ("1", False)):
+        (found,) = Decoder(str(tmp_path), None, limit)(rows)
+        assert (found["error"][0].as_py() is not None) == refused
 
 
 # ---- the command -----------------------------------------------------------------------------
