@@ -68,6 +68,11 @@ def _cell(rows: list[Row], figure: str) -> str:
     return f"{value:.3f}{spread}"
 
 
+def _star(rows: list[Row]) -> str:
+    """ " *" where a row is of an earlier recipe, which its "recipe" names."""
+    return " *" if any(row.get("recipe") for row in rows) else ""
+
+
 def accuracy_table(rows: list[Row], teacher: str) -> str:
     """A line per data set and kind, and the means over the sets that have every kind."""
     sets = grouped(rows, teacher)
@@ -79,13 +84,14 @@ def accuracy_table(rows: list[Row], teacher: str) -> str:
                 minutes = statistics.median(row["seconds"] for row in found) / 60
                 seeds = str(len(found)) if kind != KINDS[0] else DASH
                 figures = [_cell(found, figure) for figure in FIGURES]
-                lines.append([f"{name}, {kind}", *figures, f"{minutes:.1f}", seeds])
+                lines.append([f"{name}, {kind}{_star(found)}", *figures, f"{minutes:.1f}", seeds])
     whole = [kinds for kinds in sets.values() if all(kind in kinds for kind in KINDS[:2])]
     for kind in KINDS:
         if len(whole) > 1 and all(kind in kinds for kinds in whole):
             values = [median(kinds[kind], "image_auroc") for kinds in whole]
             mean = statistics.fmean(v for v in values if v is not None)
-            label = f"mean of {len(whole)} sets, {kind}"
+            star = _star([row for kinds in whole for row in kinds[kind]])
+            label = f"mean of {len(whole)} sets, {kind}{star}"
             lines.append([label, f"{mean:.3f}", DASH, DASH, DASH, DASH])
     head = ["", "image AU-ROC", "pixel AU-ROC", "AU-PRO 0.3", "minutes", "seeds"]
     return markdown(head, lines)

@@ -52,6 +52,17 @@ def test_the_table_by_hand():
     ]  # fmt: skip
 
 
+def test_a_row_of_an_earlier_recipe_has_a_star_and_its_mean_too():
+    rows = [{**row, "recipe": "before"} if row["dataset"] == "b" else row for row in ROWS[:7]]
+    labels = [
+        line.split("|")[1].strip() for line in accuracy.accuracy_table(rows, "T").splitlines()
+    ]
+    assert labels[2:] == [
+        "a, nearest neighbour", "a, instant", "b, nearest neighbour *", "b, instant *",
+        "mean of 2 sets, nearest neighbour *", "mean of 2 sets, instant *",
+    ]  # fmt: skip
+
+
 def test_the_page_says_what_the_file_does():
     assert accuracy.main(["--check"]) == 0
 
