@@ -79,19 +79,22 @@ def test_the_closed_form_samples_the_cells_of_the_region(folder, monkeypatch):
     assert wanted <= len(taken) / 3 <= 1.1 * wanted + 4  # inputs, decoder and teacher read each
 
 
-def test_the_short_schedules_loss_is_that_of_the_region(folder):
+def test_the_short_schedules_losses_are_those_of_the_region(folder):
     trainer = thin_trainer(folder, 1, photos=False)
     detector = trainer.detector
     detector.set_statistics(torch.zeros(384), torch.ones(384))
     detector.set_region(MASK)
     short = ShortTrainer(detector, trainer.source, trainer.settings)
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
-    found = short.losses(StepInputs(image, image, None))
+    detector.eval()  # without dropout
     teacher = losses.teacher_features(detector, image)
-    student = detector.student(detector.normalize(image))[:, :384]
-    distances = of_cells((teacher - student).square(), short.cells)
+    found = short.losses(StepInputs(image, image, None, teacher))
+    x = detector.normalize(image)
+    distances = of_cells((teacher - detector.student(x)[:, :384]).square(), short.cells)
     wanted = losses.hard_loss(distances, short.settings.hard_quantile)
     torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=0)
+    inside = of_cells((teacher - detector.autoencoder(x)).square(), short.cells)
+    torch.testing.assert_close(found[1], inside.mean(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
