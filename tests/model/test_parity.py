@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
         ("S", False, True, (257, 391)),
         ("S", True, True, (256, 256)),
         ("S", False, False, (256, 256)),
-        ("M", False, True, (256, 256)),
+        pytest.param("M", False, True, (256, 256), marks=pytest.mark.slow),
     ],
 )
 def test_anomalib(anomalib, size, padding, pad_maps, shape, record_property):
@@ -106,7 +106,7 @@ def copy_in_order(source: nn.Module, target: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", ["S", "M"])
+@pytest.mark.parametrize("size", ["S", pytest.param("M", marks=pytest.mark.slow)])
 def test_nelson(size):
     """nelson1425's inference: normalise, combine, zero-pad 4, resize to the image, maximum."""
     ours = helpers.detector(size, border="nelson")
