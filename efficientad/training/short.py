@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from efficientad.model.calibration import Progress
-from efficientad.model.detector import EfficientAD
 from efficientad.model.region import of_cells
 from efficientad.training import closed_form
 from efficientad.training.closed_form import GAINS, solve_last_layers, solve_second_half
@@ -33,8 +32,7 @@ from efficientad.training.losses import (
     teacher_features,
     trunk,
 )
-from efficientad.training.pictures import Pictures, PictureSource, jitter, to_rgb
-from efficientad.training.settings import Settings
+from efficientad.training.pictures import Pictures, jitter, to_rgb
 from efficientad.training.trainer import Trainer
 
 AUTOENCODER_IMAGES = 8  # of a step; its step on one image costs an eighth of the student's
@@ -63,16 +61,7 @@ class ShortTrainer(Trainer):
 
     algorithm = "closed form, then steps of student and autoencoder (docs/training.md, short)"
     terms = ("hard", "autoencoder")
-
-    def __init__(
-        self,
-        detector: EfficientAD,
-        source: PictureSource,
-        settings: Settings,
-        *,
-        identity: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(detector, source, settings, identity={**(identity or {}), **_AUTOENCODER})
+    recipe = _AUTOENCODER
 
     def prepare(self, workers: int = 2, progress: Progress | None = None) -> None:
         """Channel statistics and the student's first half; leaves out unreadable images."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +45,8 @@ History = list[dict[str, Any]]
 class Trainer:
     """Trains a detector's student and autoencoder in place, by Algorithm 1.
 
-    What another schedule changes are `terms`, `prepare`, `finish`, `rates`, `inputs`, `losses`.
+    What another schedule changes are `terms`, `recipe`, `prepare`, `finish`, `rates`, `inputs` and
+    `losses`.
 
     Args:
         detector: with its teacher's weights; on the device to train on.
@@ -57,6 +58,7 @@ class Trainer:
 
     algorithm = "EfficientAD, arXiv 2303.14535, Algorithm 1"
     terms: tuple[str, ...] = TERMS  # of the loss, which is their sum
+    recipe: Mapping[str, Any] = {}  # what no setting names and a state must share, too
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Trainer:
         feature_budget: int = FEATURE_CACHE_BYTES,
     ) -> None:
         self.detector, self.source, self.settings = detector, source, settings
-        self.identity = {**(identity or {}), **asdict(settings)}
+        self.identity = {**(identity or {}), **self.recipe, **asdict(settings)}
         self.device = detector.teacher_mean.device
         self.cells = index_of(detector.region_cells)  # of distance maps, that count; None: all
         self.step = 0

@@ -189,7 +189,7 @@ def test_a_state_of_another_autoencoder_is_refused(folder, tmp_path, monkeypatch
     made = trainer(folder)
     made.prepare()
     made.save(tmp_path / "state")
-    monkeypatch.setattr(short, "_AUTOENCODER", {"autoencoder": {"images": 4}})
+    monkeypatch.setattr(ShortTrainer, "recipe", {"autoencoder": {"images": 4}})
     with pytest.raises(TrainingError, match="of a training with autoencoder "):
         trainer(folder).resume(tmp_path / "state")
 
