@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
-from efficientad.utils.files import replace_file
+from efficientad.utils.files import digest_of, replace_file
 
 FORMAT = "efficientad kernels"
 FORMAT_VERSION = "1"
@@ -130,10 +131,12 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike) -> None:
         "made_for": json.dumps(bundle.made_for),
         "kernels": json.dumps(table),
     }
-    arrays = {name: np.frombuffer(cubin, np.uint8) for cubin, name in names.items()}
-    metadata = {"format": FORMAT, **texts, "sha256": _digest(texts, arrays)}
+    tensors = {
+        name: torch.frombuffer(bytearray(cubin), dtype=torch.uint8) for cubin, name in names.items()
+    }
+    metadata = {"format": FORMAT, **texts, "sha256": digest_of(tensors, texts)}
     try:
-        replace_file(path, lambda part: save_file(arrays, part, metadata), durable=True)
+        replace_file(path, lambda part: save_file(tensors, part, metadata), durable=True)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -163,7 +166,7 @@ def read_bundle(path: str | os.PathLike) -> Bundle:
             raise BundleError(
                 f"has {size / 1e6:.0f} MB; a kernel bundle has at most {MOST_BYTES / 1e6:.0f} MB"
             )
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise BundleError("is not a kernel bundle")
@@ -172,13 +175,13 @@ def read_bundle(path: str | os.PathLike) -> Bundle:
                     f"has format version {metadata.get('format_version')!r} and this efficientad "
                     f"reads {FORMAT_VERSION!r}; {_ADVICE}"
                 )
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         texts = {name: metadata[name] for name in _TEXTS}
-        if _digest(texts, arrays) != metadata.get("sha256"):
+        if digest_of(tensors, texts) != metadata.get("sha256"):
             raise BundleError(f"is damaged: its checksum differs; {_ADVICE}")
         return Bundle(
             int(texts["arch"]), texts["triton"], texts["source"], json.loads(texts["made_for"]),
-            {row["key"]: _kernel(row, arrays) for row in json.loads(texts["kernels"])},
+            {row["key"]: _kernel(row, tensors) for row in json.loads(texts["kernels"])},
         )  # fmt: skip
     except BundleError as error:
         raise BundleError(f"kernel bundle {path} {error}") from None
@@ -188,20 +191,9 @@ def read_bundle(path: str | os.PathLike) -> Bundle:
         ) from error
 
 
-def _kernel(row: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> CompiledKernel:
+def _kernel(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CompiledKernel:
     arguments = tuple((int(place), kind) for place, kind in row["arguments"])
     return CompiledKernel(
         row["function"], row["symbol"], int(row["warps"]), int(row["shared_bytes"]), arguments,
-        arrays[row["cubin"]].tobytes(),
+        tensors[row["cubin"]].numpy().tobytes(),
     )  # fmt: skip
-
-
-def _digest(texts: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the header's texts and of the cubins."""
-    whole = hashlib.sha256()
-    for name in _TEXTS:
-        whole.update(f"{name}:{len(texts[name])}:{texts[name]}".encode())
-    for name in sorted(arrays):
-        whole.update(f"{name}:{arrays[name].size}:".encode())
-        whole.update(arrays[name].tobytes())
-    return whole.hexdigest()
