@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import os
 from pathlib import Path
@@ -18,6 +17,7 @@ from efficientad.cli.common import (
     print_notes,
     progress_bars,
     require_calibration,
+    require_packages,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def add_archive(commands: argparse._SubParsersAction) -> None:
 
 def run_archive(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    require_extra()
+    require_packages("archive", PACKAGES)
     from efficientad.archive.running import Running, archive
     from efficientad.model.image_score import score_notes
     from efficientad.utils.files import path_digest
@@ -125,14 +125,3 @@ def show(found: Summary, out: Path) -> None:
     if found.others:
         print(f"{found.others} rows more are of pictures that are not in this manifest")
     print(f"rows: {Places(out).rows}")
-
-
-def require_extra() -> None:
-    """Raise ImportError, with the pip line, unless the packages are there."""
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f"archive needs {package}: pip install 'efficientad[archive]'"
-            ) from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -160,6 +161,20 @@ def require_calibration(detector: EfficientAD) -> None:
     """Fail before the work, not at the first image."""
     if not detector.calibrated:
         detector.raise_uncalibrated()
+
+
+def require_packages(extra: str, packages: Iterable[str]) -> None:
+    """Raise ImportError, with the pip line, unless an extra's packages are there.
+
+    extra: it has the name of its command.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"{extra} needs {package}: pip install 'efficientad[{extra}]'"
+            ) from error
 
 
 def refuse_overwrite(out: Path, force: bool, but: Path | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from efficientad.cli.common import (
     build_predictor,
     load_detector,
     require_calibration,
+    require_packages,
 )
 
 if TYPE_CHECKING:
@@ -167,11 +167,7 @@ def serve_model(model: Path, store: Path) -> int:
 
 def require_extra() -> None:
     """Raise ImportError, with the pip line, unless the service's packages are there."""
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(f"serve needs {package}: pip install 'efficientad[serve]'") from error
+    require_packages("serve", PACKAGES)
 
 
 def require_port() -> None:

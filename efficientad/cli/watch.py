@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from typing import TYPE_CHECKING
 
-from efficientad.cli.common import EXIT_OK, UsageError
+from efficientad.cli.common import EXIT_OK, UsageError, require_packages
 from efficientad.cli.serve import add_service, predictors_of, require_extra, settings_of
 
 if TYPE_CHECKING:
@@ -56,10 +55,7 @@ def _source(options: argparse.Namespace) -> Source:
         return Camera(options.source, every=1.0 if options.every is None else options.every)
     if options.every is not None:
         raise UsageError("--every is of a camera; leave it out, or add --camera")
-    try:
-        importlib.import_module("watchfiles")
-    except ImportError as error:
-        raise ImportError("watch needs watchfiles: pip install 'efficientad[watch]'") from error
+    require_packages("watch", ["watchfiles"])
     from efficientad.sources.folder import WatchedFolder
 
     return WatchedFolder(options.source, settle=0.5 if options.settle is None else options.settle)
