@@ -104,11 +104,11 @@ def picture_bytes(path: str, root: str) -> bytes:
         if "://" in place:
             import fsspec
 
-            with fsspec.open(place, "rb") as stream:
-                data = stream.read(MOST_BYTES + 1)
+            opened = fsspec.open(place, "rb")
         else:
-            with open(place, "rb") as stream:
-                data = stream.read(MOST_BYTES + 1)
+            opened = open(place, "rb")
+        with opened as stream:
+            data = stream.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise ValueError(f"its file has more than {MOST_BYTES >> 20} MiB")
     return data
