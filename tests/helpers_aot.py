@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -23,6 +21,7 @@ import torch
 from ptx.bulk import TensorMap
 from ptx.launch import Launch, Recording
 from ptx.parse import parse
+from ptx.recordings import from_child
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAM = 7
@@ -33,16 +32,7 @@ SMALL_BIT = 1 << 21
 @functools.cache
 def results(*cases: str) -> dict[str, Any]:
     """What `main` found for cases of `ptx.cases`, in one child process."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *sys.path])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "results"
-        env["TRITON_CACHE_DIR"] = folder
-        command = [sys.executable, "-m", "helpers_aot", str(path), *cases]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        return pickle.loads(path.read_bytes())
+    return from_child("helpers_aot", *cases, own_cache=True)
 
 
 class Library:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +28,21 @@ TOLERANCE = {"f4": 1e-5, "f2": 1e-3, "bf16": 8e-3, "e4m3": 7e-2}
 @functools.cache
 def recorded(*names: str) -> dict[str, Recording]:
     """ "ARCH:CASE" -> its recording."""
+    return from_child("ptx.record", *names)
+
+
+def from_child(module: str, *arguments: str, own_cache: bool = False) -> Any:
+    """What a module pickles, run without the interpreter as `python -m MODULE FILE ARGUMENTS`.
+
+    own_cache: whether it compiles everything anew, in a cache of Triton's of its own.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *sys.path])
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recordings"
-        command = [sys.executable, "-m", "ptx.record", str(path), *names]
+        if own_cache:
+            env["TRITON_CACHE_DIR"] = folder
+        path = Path(folder) / "results"
+        command = [sys.executable, "-m", module, str(path), *arguments]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
