@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from efficientad.results.prediction import Prediction
-from efficientad.service.core import Inspection
+from efficientad.service.core import Inspection, Sink
 from efficientad.service.limits import Limits
 from efficientad.service.server import Server, Source, app_config, create_app
 from efficientad.service.server import bound_socket as bound
@@ -112,13 +112,16 @@ def service(
     limits: Limits | None = None,
     wait_ms: float = 0,
     source: Source | None = None,
+    sinks: tuple[Sink, ...] = (),
     **guard: Any,
 ) -> Iterator[Running]:
-    """A service of stubs, or of the predictors named, with a source; drained at the end."""
+    """A service of stubs, or of the predictors named, with source and sinks; drained at the end."""
     store = Store(folder, durable=False)
     inspection = Inspection(store, limits, wait_ms=wait_ms)
     for name, predictor in (predictors or {"stub": StubPredictor()}).items():
         inspection.serve(name, f"digest of {name}", predictor)
+    for sink in sinks:
+        inspection.send_to(sink)
     sock = bound("127.0.0.1", 0)
     server = Server(app_config(create_app(inspection, **guard)), inspection)
 

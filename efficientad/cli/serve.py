@@ -16,6 +16,7 @@ from efficientad.cli.common import (
     require_calibration,
     require_packages,
 )
+from efficientad.cli.sinks import add_sinks, sinks_of
 
 if TYPE_CHECKING:
     from efficientad.fast.predictor import FastPredictor
@@ -74,6 +75,7 @@ def add_service(command: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="leave out defects of fewer pixels of the picture",
     )
+    add_sinks(command)
     _add_limits(command)
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     command.add_argument("--dtype", default="auto", help="as for predict")
@@ -107,8 +109,8 @@ def run_serve(options: argparse.Namespace) -> int:
     require_extra()
     from efficientad.service.server import run
 
-    settings = settings_of(options)
-    run(predictors_of(options.models, options), settings)
+    settings, sinks = settings_of(options), sinks_of(options)
+    run(predictors_of(options.models, options), settings, sinks=sinks)
     return EXIT_OK
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from efficientad.cli.common import EXIT_OK, UsageError, require_packages
 from efficientad.cli.serve import add_service, predictors_of, require_extra, settings_of
+from efficientad.cli.sinks import sinks_of
 
 if TYPE_CHECKING:
     from efficientad.service.server import Source
@@ -39,8 +40,8 @@ def run_watch(options: argparse.Namespace) -> int:
     source = _source(options)
     from efficientad.service.server import run
 
-    settings = settings_of(options)
-    run(predictors_of([options.model], options), settings, source)
+    settings, sinks = settings_of(options), sinks_of(options)
+    run(predictors_of([options.model], options), settings, source, sinks)
     return EXIT_OK
 
 

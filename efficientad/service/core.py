@@ -34,6 +34,19 @@ class ServedPredictor(BatchPredictor, Protocol):
     image_size: tuple[int, int]
 
 
+class Sink(Protocol):
+    """Where stored verdicts go besides: a `sinks.delivery.Delivery`."""
+
+    def start(self, store: Store, metrics: Metrics) -> None:
+        """Begin with what the store has and this sink has not sent."""
+
+    def stored(self, number: int) -> None:
+        """Learn that a verdict is stored; returns at once."""
+
+    def close(self) -> None:
+        """End within seconds."""
+
+
 @dataclass
 class Served:
     """A detector under the name by which it is served.
@@ -92,6 +105,7 @@ class Inspection:
         self.decoder = Decoder(self.limits)
         self.memory = Budget(self.limits.memory_gb * 1e9)
         self.draining = False
+        self._sinks: list[Sink] = []
         self._at_work = 0
         self.metrics.gauge("efficientad_held_bytes", "Bytes of requests", lambda: self.memory.held)
         self.metrics.gauge("efficientad_listeners", "Pages that listen", lambda: len(self.hub))
@@ -121,6 +135,11 @@ class Inspection:
             "efficientad_waiting", "Pictures in a queue", lambda: len(batcher), model=name
         )
         return served
+
+    def send_to(self, sink: Sink) -> None:
+        """Send verdicts on, from the store, until `close`. Raises StoreError."""
+        sink.start(self.store, self.metrics)
+        self._sinks.append(sink)
 
     def model(self, name: str | None) -> Served:
         """The detector of a name; without one, the only detector. Raises Refused (404, 400)."""
@@ -175,13 +194,14 @@ class Inspection:
             number = await asyncio.shield(asyncio.wrap_future(self.store.add(record, also)))
         finally:
             self._at_work -= 1
+        for sink in self._sinks:
+            sink.stored(number)
         end = time.monotonic()
         for part, seconds in (
             ("decode", decoded - start), ("store", end - computed), ("all", end - start)
         ):  # fmt: skip
             self.metrics.seconds.labels(served.name, part).observe(seconds)
-        verdict = {True: "anomalous", False: "normal", None: "none"}[record.is_anomalous]
-        self.metrics.verdicts.labels(served.name, verdict).inc()
+        self.metrics.verdicts.labels(served.name, word_of(record.is_anomalous)).inc()
         answer = answer_of(number, record)
         self.hub.publish("verdict", {**answer, "review": None})
         return Inspected(answer, found)
@@ -226,7 +246,7 @@ class Inspection:
         self.hub.publish("threshold", {"model": served.name, "threshold": value})
 
     async def close(self) -> None:
-        """Answer what is at work, take nothing new, close queues and store."""
+        """Answer what is at work, take nothing new, close queues, sinks and store."""
         self.draining = True
         self.hub.close()
         while self._at_work:
@@ -234,6 +254,7 @@ class Inspection:
         self.decoder.close()
         for served in self.models.values():
             await asyncio.to_thread(served.batcher.close)
+        await asyncio.gather(*(asyncio.to_thread(sink.close) for sink in self._sinks))
         await asyncio.to_thread(self.store.close)
 
 
@@ -250,6 +271,11 @@ def answer_of(number: int, record: Record) -> dict[str, Any]:
         "source_size": list(record.size),
         "boxes": record.boxes,
     }
+
+
+def word_of(is_anomalous: bool | None) -> str:
+    """A verdict in a word."""
+    return "none" if is_anomalous is None else "anomalous" if is_anomalous else "normal"
 
 
 def as_text(seconds: float) -> str:

@@ -43,6 +43,12 @@ class Metrics:
             buckets=_BATCHES,
             registry=registry,
         )
+        self.deliveries = Counter(
+            "efficientad_deliveries",
+            "Verdicts delivered, tries that failed, verdicts refused for good or deleted before",
+            ("sink", "result"),
+            registry=registry,
+        )
         self._gauges: list[Gauge] = []
 
     def gauge(self, name: str, text: str, value: Callable[[], float], **labels: str) -> None:

@@ -31,13 +31,13 @@ Detector = tuple[str, str]  # name and digest
 
 def row_of(row: sqlite3.Row) -> dict[str, Any]:
     """A row of `verdicts` as JSON takes it."""
-    verdict = row["is_anomalous"]
+    verdict, score = row["is_anomalous"], row["score"]
     return {
         "id": row["id"],
         "time": as_text(row["time"]),
         "model": row["model"],
         "name": row["name"],
-        "score": row["score"],
+        "score": score if score is None or math.isfinite(score) else None,
         "is_anomalous": None if verdict is None else bool(verdict),
         "threshold": row["threshold"],
         "source_size": [row["height"], row["width"]],

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from efficientad.service.app import create_app
-from efficientad.service.core import Inspection, ServedPredictor
+from efficientad.service.core import Inspection, ServedPredictor, Sink
 from efficientad.service.guard import Guard, check_key, is_loopback
 from efficientad.service.limits import Limits
 from efficientad.service.retention import Retention, check_limits
@@ -75,10 +75,12 @@ def run(
     predictors: Mapping[str, tuple[str, ServedPredictor]],
     settings: Settings,
     source: Source | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> None:
     """Serve predictors, name -> (digest, predictor), until SIGINT or SIGTERM, then drain.
 
-    source: pictures that nobody sends, judged beside those that are sent.
+    source: pictures that nobody sends, judged beside those that are sent. sinks: where verdicts
+    are sent on.
 
     Raises:
         StoreError: the store cannot be opened. OSError: the address cannot be bound. What the
@@ -96,7 +98,7 @@ def run(
             f"the store was not closed: {store.removed} pictures without a verdict removed, "
             f"{store.missing} verdicts without a picture"
         )
-    asyncio.run(_serve(predictors, settings, store, retention, sock, source))
+    asyncio.run(_serve(predictors, settings, store, retention, sock, source, sinks))
 
 
 async def _serve(
@@ -106,6 +108,7 @@ async def _serve(
     retention: Retention,
     sock: socket.socket,
     source: Source | None,
+    sinks: Sequence[Sink],
 ) -> None:
     inspection = Inspection(
         store, settings.limits, wait_ms=settings.wait_ms, min_area=settings.min_area
@@ -115,6 +118,8 @@ async def _serve(
         await asyncio.to_thread(_warm_up, predictor)
         if predictor.threshold != served.own_threshold:
             print(f"{name}: threshold {predictor.threshold}, as set before, from the store")
+    for sink in sinks:
+        inspection.send_to(sink)
     app = create_app(inspection, key=settings.key, hosts=settings.hosts)
     server = Server(app_config(app), inspection)
     keeping = asyncio.create_task(_keep(retention))

@@ -146,7 +146,8 @@ def test_the_key_comes_from_a_file_or_the_environment_never_from_both(
     monkeypatch.setattr(serve, "load_detector", lambda path, device: detector)
     monkeypatch.setattr(serve, "build_predictor", lambda detector, options: "predictor")
     monkeypatch.setattr(
-        "efficientad.service.server.run", lambda predictors, settings: ran.append(settings)
+        "efficientad.service.server.run",
+        lambda predictors, settings, sinks: ran.append(settings),
     )
     monkeypatch.delenv(serve.KEY, raising=False)
     words = ["serve", str(model), "--host", "0.0.0.0"]
