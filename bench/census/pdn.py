@@ -83,7 +83,7 @@ def _conv_case(
     return conv_case(
         arch, name, tile, dtype, cin, layer.couts, layer.kernel,
         padding=layer.padding if padded else 0, pool=layer.pool,
-        pool_padding=int(padded and layer.pool), pool_scale=0.25 if layer.pool else 1.0,
+        pool_padding=int(padded and layer.pool),  # the pool's quarter is in the weights
     )  # fmt: skip
 
 
@@ -136,9 +136,11 @@ def _pair_case(
     split: bool = False,
 ) -> CensusCase:
     tile = pair_distance.choose_tile(arch, pixels, TEACHER)
-    decoder = "fp16" if dtype == "fp8" else dtype
+    # The part that does not wait for the autoencoder is given the teacher in its place.
+    decoder = "fp16" if dtype == "fp8" and not split else dtype
+    channels = (TEACHER, *cin, cin[0] if split else DECODER)
     values = pair_distance.constants(
-        tile, arch, ITEMSIZE[dtype], 2, (TEACHER, *cin, DECODER), kernel, scaled=dtype == "fp8",
+        tile, arch, ITEMSIZE[dtype], ITEMSIZE[decoder], channels, kernel, scaled=dtype == "fp8",
         split=split,
     )  # fmt: skip
     signature = {
