@@ -16,6 +16,7 @@ from typing import Any
 
 from bench import record
 from bench.record import Row
+from bench.report.estimates import estimate_table
 from bench.report.format import DASH, dtype_name, error, markdown, number, of_kind, percent, source
 from bench.report.targets import H200, all_verdicts, fits, targets_table
 from bench.report.timeline import timeline_table
@@ -223,6 +224,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels_table,
     "sweeps": sweeps_table,
     "timeline": timeline_table,
+    "estimate": estimate_table,
 }
 # Kinds of the rows of which a page holds a part.
 KINDS = {
