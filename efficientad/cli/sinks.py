@@ -12,42 +12,57 @@ from efficientad.cli.common import UsageError, require_packages
 if TYPE_CHECKING:
     from efficientad.sinks.delivery import Delivery
 
-WEBHOOK_SECRET = "EFFICIENTAD_WEBHOOK_SECRET"  # environment variable
+WEBHOOK_SECRET = "EFFICIENTAD_WEBHOOK_SECRET"  # environment variables
+MQTT_PASSWORD = "EFFICIENTAD_MQTT_PASSWORD"
 VERDICTS = ("all", "anomalous")
 
 
 def add_sinks(command: argparse.ArgumentParser) -> None:
     """Add the options, which `sinks_of` reads."""
-    command.add_argument("--webhook", metavar="URL", help="POST every verdict there, once stored")
-    command.add_argument(
-        "--webhook-verdicts", choices=VERDICTS, help="which are sent (default all)"
-    )
-    command.add_argument(
-        "--webhook-secret-file",
-        type=Path,
-        metavar="FILE",
-        help=f"sign with the secret in it, or else in the environment variable {WEBHOOK_SECRET}",
-    )
+    for option, text, secret, variable in (
+        ("webhook", "POST every verdict there, once it is stored", "secret", WEBHOOK_SECRET),
+        ("mqtt", "publish every verdict at mqtt://HOST/TOPIC", "password", MQTT_PASSWORD),
+    ):
+        command.add_argument(f"--{option}", metavar="URL", help=text)
+        command.add_argument(
+            f"--{option}-verdicts", choices=VERDICTS, help="which are sent (default all)"
+        )
+        command.add_argument(
+            f"--{option}-{secret}-file",
+            type=Path,
+            metavar="FILE",
+            help=f"with its {secret}, which can also be in the environment variable {variable}",
+        )
 
 
 def sinks_of(options: argparse.Namespace) -> list[Delivery]:
     """The sinks that the options name. UsageError, ValueError, OSError: a wrong one."""
     sinks = []
-    if options.webhook is not None:
-        require_packages("webhook", ["httpx"])
-        from efficientad.sinks.delivery import Delivery
-        from efficientad.sinks.webhook import Webhook
-
-        secret = secret_of(options.webhook_secret_file, "--webhook-secret-file", WEBHOOK_SECRET)
-        only_anomalous = options.webhook_verdicts == "anomalous"
-        webhook = Webhook(options.webhook, secret)
-        sinks.append(Delivery(webhook, only_anomalous=only_anomalous))
-    elif options.webhook_secret_file is not None or options.webhook_verdicts is not None:
-        raise UsageError("--webhook-secret-file and --webhook-verdicts go with --webhook URL")
+    for option, secret in (("webhook", "secret"), ("mqtt", "password")):
+        more = [f"{option}_verdicts", f"{option}_{secret}_file"]
+        if getattr(options, option) is not None:
+            sinks.append(_sink(option, *(getattr(options, name) for name in [option, *more])))
+        elif any(getattr(options, name) is not None for name in more):
+            words = " and ".join("--" + name.replace("_", "-") for name in more)
+            raise UsageError(f"{words} go with --{option} URL")
     return sinks
 
 
-def secret_of(file: Path | None, option: str, variable: str) -> str | None:
+def _sink(option: str, url: str, verdicts: str | None, file: Path | None) -> Delivery:
+    require_packages(option, ["httpx" if option == "webhook" else "paho.mqtt.client"])
+    from efficientad.sinks.delivery import Delivery, Receiver
+    from efficientad.sinks.mqtt import Mqtt
+    from efficientad.sinks.webhook import Webhook
+
+    if option == "webhook":
+        secret = _secret(file, "--webhook-secret-file", WEBHOOK_SECRET)
+        receiver: Receiver = Webhook(url, secret)
+    else:
+        receiver = Mqtt(url, _secret(file, "--mqtt-password-file", MQTT_PASSWORD))
+    return Delivery(receiver, only_anomalous=verdicts == "anomalous")
+
+
+def _secret(file: Path | None, option: str, variable: str) -> str | None:
     """A secret, from a file or the environment; None for none."""
     secret = os.environ.get(variable) or None
     if file is None:
