@@ -14,15 +14,17 @@ from efficientad.fast import backends
 from efficientad.kernels import bottleneck, conv, first_conv, resize_conv
 
 Setting = tuple[Any, str, Any]  # module, name, value
+TWO, ONE = "two", "one"
+TRUNK = "trunk"  # as if the branch took no time: what is left however fast it gets
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What it is called, what is set, and whether all runs on one stream."""
+    """What it is called, what is set, and how the streams run: TWO, ONE or TRUNK."""
 
     name: str
     settings: tuple[Setting, ...] = ()
-    one_stream: bool = False
+    streams: str = TWO
 
 
 def _row(table: dict, target: int, rows: tuple) -> dict:
@@ -63,7 +65,8 @@ def choices(target: int) -> dict[str, Choice]:
         "pool": Choice("now, conv2 with 3 stages", ((conv, "POOL_TILES", pool),)),
         "splits": Choice("now, the bottleneck split over 16", ((bottleneck, "SPLITS", 16),)),
         "early": Choice("now, early starts on the branch (PDL)", ((backends, "PDL", True),)),
-        "one stream": Choice("now, one stream", one_stream=True),
+        "one stream": Choice("now, one stream", streams=ONE),
+        "trunk": Choice("now, as if the autoencoder's branch took no time", streams=TRUNK),
     }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bench.report import estimates, timeline
 from bench.shapes import PDN
 from bench.timeline import choices, facts, model, recording, work
 from bench.timeline.cards import CARDS, Card
-from bench.timeline.choices import Choice
+from bench.timeline.choices import ONE, TRUNK, TWO, Choice
 from bench.timeline.model import Facts
 from bench.timeline.recording import Recorded
 
@@ -37,7 +38,7 @@ FactsOf = Callable[[Sequence[Recorded]], list[Facts]]
 
 def estimate(
     size: str, batch: int, card: Card, launches: Sequence[Recorded], found: Sequence[Facts],
-    *, one_stream: bool = False,
+    *, streams: str = TWO,
 ) -> Row:  # fmt: skip
     """A row of kind "estimate": the total and every launch, in microseconds."""
     times, lines = [], []
@@ -47,13 +48,14 @@ def estimate(
             card, groups, fact, warps=launch.warps, stages=launch.stages, tensors=tensors,
             early=launch.early,
         )  # fmt: skip
-        waits = ([i - 1] if i else []) if one_stream else launch.waits
+        waits = ([i - 1] if i else []) if streams == ONE else launch.waits
         strided = launch.name == "_strided_conv_kernel"
-        times.append(
-            model.timed(own, card, launch.programs, waits, early=launch.early, strided=strided)
-        )
+        taken = model.timed(own, card, launch.programs, waits, early=launch.early, strided=strided)
+        if streams == TRUNK and launch.stream == recording.BRANCH:
+            taken = replace(taken, us=0.0, gap=0.0)
+        times.append(taken)
         lines.append({
-            "layer": launch.layer, "stream": 0 if one_stream else launch.stream,
+            "layer": launch.layer, "stream": launch.stream,
             "alone_us": round(own.us, 2), "bound": own.bound, "programs": launch.programs,
             "resident": own.resident, "waves": round(own.waves, 2), "registers": fact.registers,
             "shared": fact.shared, "spills": fact.spills, "early": launch.early,
@@ -110,7 +112,7 @@ def rows(
                     found = facts_of(launches)
                 for card in cards:
                     row = estimate(
-                        size, batch, CARDS[card], launches, found, one_stream=choice.one_stream
+                        size, batch, CARDS[card], launches, found, streams=choice.streams
                     )
                     row |= {"choice": key, "name": choice.name}
                     if key == "measured" and card == MEASURED_ON:

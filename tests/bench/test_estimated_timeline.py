@@ -241,10 +241,16 @@ def test_the_command_says_that_it_estimates(tmp_path, capsys):
 
 
 def test_one_stream(launches):
-    row = run.estimate("S", 1, cards.H200, launches, [PLAIN] * len(launches), one_stream=True)
+    row = run.estimate("S", 1, cards.H200, launches, [PLAIN] * len(launches), streams=choices.ONE)
     alone_us = sum(x["alone_us"] for x in row["launches"])
     assert row["us"] == pytest.approx(alone_us + cards.GAP * (len(launches) - 1), abs=0.3)
     assert all(x["waited"] for x in row["launches"])
+
+
+def test_the_trunk_without_the_branch(launches):
+    row = run.estimate("S", 1, cards.H200, launches, [PLAIN] * len(launches), streams=choices.TRUNK)
+    main = [x["alone_us"] for x in row["launches"] if x["stream"] == recording.MAIN]
+    assert row["us"] == pytest.approx(sum(main) + cards.GAP * (len(main) - 1), abs=0.3)
 
 
 def test_bad_arguments_are_named(capsys):
