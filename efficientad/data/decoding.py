@@ -58,11 +58,14 @@ def read_image(source: Any, value_range: ValueRange | None = None) -> np.ndarray
     pixel at once, 3 afterwards.
 
     Raises ImageError for everything that cannot be decoded: damaged or unknown files, more
-    megapixels than the environment variable EFFICIENTAD_MAX_MEGAPIXELS allows (300), samples
-    without an agreed range; its subclass MissingImage, which is a FileNotFoundError too, for a path
-    that does not exist.
+    megapixels than the environment variable EFFICIENTAD_MAX_MEGAPIXELS allows (300), pixels for
+    which there is no memory, samples without an agreed range; its subclass MissingImage, which is a
+    FileNotFoundError too, for a path that does not exist.
     """
-    return _looked_after(_read(source, value_range))
+    try:
+        return _looked_after(_read(source, value_range))
+    except MemoryError as error:
+        raise ImageError(source_name(source), "there is no memory for its pixels") from error
 
 
 def _looked_after(pixels: np.ndarray) -> np.ndarray:

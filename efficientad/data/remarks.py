@@ -74,7 +74,7 @@ def range_notes(paths: Sequence[Path], value_range: ValueRange | None = None) ->
     for path in _some(paths):
         try:
             read = sample_extrema(path)
-        except ImageError:
+        except (ImageError, MemoryError):
             continue
         if read is None or (limit and read[2] != limit):
             return []
@@ -119,7 +119,7 @@ def _is_clear(path: Path) -> bool:
             if "A" not in image.getbands():
                 image = image.convert("RGBA")
             return bool(image.getchannel("A").getextrema()[0] < 255)
-    except ImageError:
+    except (ImageError, MemoryError):
         return False
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from efficientad.data.decoding import ImageError, read_image, source_name
 from efficientad.model.image_score import ScoreRule
+from efficientad.ops.frame_path import MAX_SIDE
 from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import ValueRange
 
@@ -63,17 +64,29 @@ def as_batch(source: Any) -> tuple[list[Any], bool]:
     return frames, True
 
 
-def read_frame(source: Any, value_range: ValueRange | None = None) -> Frame:
+def read_frame(
+    source: Any, value_range: ValueRange | None = None, *, in_tiles: bool = False
+) -> Frame:
     """One frame as uint8 (H, W, 3) RGB.
 
     Host sources and their rules are those of `decoding.read_image`: grey is repeated, 16 bit is
     scaled from 0..65535 or value_range, alpha is dropped. An array whose pixels are contiguous is
     not copied, whatever its row pitch. A CUDA tensor stays on its device and must be uint8 (H, W),
-    (H, W, 1), (H, W, 3) or (H, W, 4).
+    (H, W, 1), (H, W, 3) or (H, W, 4). in_tiles: it is not resized as a whole, which only frames
+    with sides of at most `frame_path.MAX_SIDE` are.
 
     Raises:
-        ImageError: whatever cannot be read as a frame; a missing file, too.
+        ImageError: whatever cannot be read as a frame; a missing file, too, and a side that is too
+            long.
     """
+    frame = _read(source, value_range)
+    reason = None if in_tiles else too_long(*frame.shape[:2])
+    if reason is not None:
+        raise ImageError(source_name(source), reason)
+    return frame
+
+
+def _read(source: Any, value_range: ValueRange | None) -> Frame:
     if isinstance(source, Tensor) and source.device.type != "cpu":
         return _device_frame(source)
     if isinstance(source, Tensor):
@@ -84,6 +97,16 @@ def read_frame(source: Any, value_range: ValueRange | None = None) -> Frame:
         return read_image(source, value_range)
     except TypeError as error:
         raise ImageError(source_name(source), str(error)) from error
+
+
+def too_long(height: int, width: int) -> str | None:
+    """Why a frame of that size cannot be resized as a whole, or None."""
+    if max(height, width) <= MAX_SIDE:
+        return None
+    return (
+        f"it has {width}x{height} pixels, and a side may have at most {MAX_SIDE} where a picture "
+        "is looked at as a whole; tiles (--tiles, predict_large) have no such limit"
+    )
 
 
 def _is_plain(frame: np.ndarray) -> bool:

@@ -181,7 +181,7 @@ def predict_large(
             "the detector has a region, which is of whole frames, and tiles are parts of one: use "
             "the plain call, or a detector without a region"
         )
-    frame = read_frame(source, predictor.value_range)
+    frame = read_frame(source, predictor.value_range, in_tiles=True)
     size, tile = tuple(frame.shape[:2]), predictor.image_size
     check_tiles(size, tile, overlap)
     if batch is None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from efficientad.data.decoding import EncodedImage, ImageError
-from efficientad.fast.frame_inputs import Frame
+from efficientad.fast.frame_inputs import Frame, too_long
 from efficientad.service.limits import Limits, Refused, Share, busy
 from efficientad.utils.checks import ValueRange
 
@@ -162,7 +162,10 @@ def from_pixels(pixels: np.ndarray, limits: Limits, share: Share) -> Picture:
 
 
 def check_pixels(height: int, width: int, limits: Limits) -> None:
-    """Refuse (413) more pixels than the limit."""
+    """Refuse (413) more pixels than the limit, or a side that is too long."""
+    reason = too_long(height, width)
+    if reason is not None:
+        raise Refused(413, f"the picture cannot be judged: {reason}")
     if height * width > limits.megapixels * 1e6:
         raise Refused(
             413,

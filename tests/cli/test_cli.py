@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import efficientad as ead
 from efficientad.cli.main import main
+from efficientad.data import decoding
 from efficientad.evaluation.evaluation import Evaluation
 
 
@@ -72,6 +73,38 @@ def test_some_failed_inputs_give_1_and_are_listed(model_file, images, tmp_path, 
     document = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert [f["path"] for f in document["failed"]] == [str(bad)]
     assert len(document["images"]) == 1
+
+
+@pytest.mark.parametrize("path", ["fast", "reference", "tiles"])
+def test_a_picture_that_is_too_large_fails_alone(path, model_file, images, tmp_path, monkeypatch):
+    """Of pixels, of a side and of memory; the others are scored."""
+    monkeypatch.setenv("EFFICIENTAD_MAX_MEGAPIXELS", "0.2")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, (width, height) in {"a.png": (600, 500), "b.png": (32_800, 1)}.items():
+        Image.new("RGB", (width, height)).save(folder / name)
+    for i in (0, 1):
+        (folder / f"c{i}.png").write_bytes((images / f"{i}.png").read_bytes())
+    read = decoding._pixels
+
+    def short_of_memory(image, *rest):
+        if image.size == (300, 280) and str(image.fp.name).endswith("c1.png"):
+            raise MemoryError
+        return read(image, *rest)
+
+    monkeypatch.setattr(decoding, "_pixels", short_of_memory)
+    more = {"fast": (), "reference": ("--reference",), "tiles": ("--tiles", "48")}[path]
+    assert run("predict", model_file, folder, "--out", tmp_path / "out", *more) == 1
+    document = json.loads((tmp_path / "out" / "scores.json").read_text())
+    reasons = {f["path"].rpartition("/")[2]: f["reason"] for f in document["failed"]}
+    assert reasons["a.png"].startswith("it has 600x500 pixels, 0 megapixels, and the limit is 0.2")
+    assert reasons["c1.png"] == "there is no memory for its pixels"
+    if path == "fast":
+        assert "32800x1 pixels, and a side may have at most 32768" in reasons["b.png"]
+    elif path == "tiles":
+        assert "an image that is cut into tiles must be at least as high" in reasons["b.png"]
+    scored = [row["path"].rpartition("/")[2] for row in document["images"]]
+    assert scored == (["b.png", "c0.png"] if path == "reference" else ["c0.png"])
 
 
 def test_pictures_that_are_not_read_are_counted(model_file, images, tmp_path, capsys):

@@ -270,6 +270,8 @@ def test_a_plain_frame_is_not_copied():
         (b"no image", "not an image file that is read: it is a text"),
         ("missing.png", "no such file"),
         (3.5, "not an image source: float"),
+        (np.zeros((1, 32769, 3), np.uint8), "32769x1 pixels, and a side may have at most 32768"),
+        (torch.zeros(32769, 1, 3, dtype=torch.uint8), "1x32769 pixels, and a side may have"),
     ],
 )
 def test_bad_input_says_what_is_wrong(source, message, predictor):

@@ -112,6 +112,7 @@ FILES = {
     "a png of noise": png(64, 64, chunk(b"IDAT", np.random.default_rng(0).bytes(4000))),
     "a png of 2.5 gigapixels": png(50_000, 50_000, chunk(b"IDAT", zlib.compress(bytes(1000)))),
     "a png of a little too many pixels": encoded(Image.new("L", (1001, 1000))),
+    "a png of a side that is too long": encoded(Image.new("L", (32_769, 1))),
     "a png that names a huge chunk": b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 2**31 - 1) + b"IHDR",
     "a jpeg of 4 gigapixels": JPEG.replace(
         JPEG[(at := JPEG.index(b"\xff\xc0")) : at + 9], JPEG[at : at + 5] + b"\xff\xff\xff\xff"
