@@ -55,7 +55,10 @@ BLEND = 0.31 / (32 * 64)  # a multiprocessor's time per value that a fused resiz
 # ASSUMPTION, never measured.
 EARLY = 0.5
 
-# Two launches at once. The smaller one's time beside one that fills the card, and the larger one's.
+# Two launches at once. What the branch's gets where both have a program for every multiprocessor,
+# the trunk's having the rest: fitted to 32 images of S, and to d6 beside conv3 (M).
+PRIORITY = 0.7
+# Else the smaller one's time beside one that fills the card, and the larger one's.
 BESIDE = 2.2  # fitted: e6 to d6 beside conv2 (M): 1.7 to 3.0 times as long as alone
 BESIDE_STRIDED = 3.5  # fitted: e2 to e5 beside conv1 and conv2 (S, M): 3 to 10 times
-LARGER = 1.15  # fitted: conv1 to conv4 beside the autoencoder: 1.1 to 1.3 times
+LARGER = 1.1  # fitted: conv2 and conv3 beside the autoencoder: 1.08 to 1.14 times

@@ -2,10 +2,10 @@
 
 A program takes a fixed time and its steps; a step takes the longest of a copy's latency, the
 tensor cores, the bytes from L2 and what computing an operand costs, of which the last three are
-shared by the programs of a multiprocessor. Programs go to the multiprocessor that is free first. Of
-two launches at once the smaller one is slowed where the larger one came first and fills the card,
-and the larger one a little. Constants are in `cards`. Not in it: clocks, what a launch leaves in
-the caches for the next one, the host.
+shared by the programs of a multiprocessor. Programs go to the multiprocessor that is free first.
+Two launches that both fill the card share it, the branch's with priority; else the smaller one is
+slowed where the larger one came first and fills it, and the larger one a little. Constants are in
+`cards`. Not in it: clocks, what a launch leaves in the caches for the next one, the host.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Timed:
         waits: places of the launches that it waits for. gap: us from their end to its start.
         busy: us of the whole card's work in it. fills: whether every multiprocessor has a program.
         slowed: how many times longer it takes beside a larger launch that fills the card.
+        priority: whether its stream has it, which is the branch's.
     """
 
     us: float
@@ -47,6 +48,7 @@ class Timed:
     busy: float
     fills: bool
     slowed: float
+    priority: bool
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,16 @@ def alone(
     return Alone(start + max(*free, memory), bound, resident, programs / (card.sms * resident))
 
 
-def timed(found: Alone, card: Card, programs: int, waits, *, early: bool, strided: bool) -> Timed:
+def timed(
+    found: Alone,
+    card: Card,
+    programs: int,
+    waits: Sequence[int],
+    *,
+    early: bool,
+    strided: bool,
+    priority: bool,
+) -> Timed:
     """A launch as `simulate` takes it; strided: it is an encoder's layer."""
     return Timed(
         us=found.us,
@@ -165,6 +176,7 @@ def timed(found: Alone, card: Card, programs: int, waits, *, early: bool, stride
         busy=found.us * min(1.0, programs / card.sms),
         fills=programs >= card.sms,
         slowed=cards.BESIDE_STRIDED if strided else cards.BESIDE,
+        priority=priority,
     )
 
 
@@ -213,6 +225,9 @@ def _rates(running: dict[int, Timed]) -> dict[int, float]:
     """
     if len(running) < 2:
         return dict.fromkeys(running, 1.0)
+    if all(launch.fills for launch in running.values()):
+        share = {True: cards.PRIORITY, False: 1 - cards.PRIORITY}
+        return {i: share[launch.priority] for i, launch in running.items()}
     largest = max(running, key=lambda i: running[i].busy)
     rates, met = {}, False
     for i, launch in running.items():

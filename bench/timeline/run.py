@@ -50,8 +50,12 @@ def estimate(
         )  # fmt: skip
         waits = ([i - 1] if i else []) if streams == ONE else launch.waits
         strided = launch.name == "_strided_conv_kernel"
-        taken = model.timed(own, card, launch.programs, waits, early=launch.early, strided=strided)
-        if streams == TRUNK and launch.stream == recording.BRANCH:
+        on_branch = launch.stream == recording.BRANCH
+        taken = model.timed(
+            own, card, launch.programs, waits, early=launch.early, strided=strided,
+            priority=on_branch,
+        )  # fmt: skip
+        if streams == TRUNK and on_branch:
             taken = replace(taken, us=0.0, gap=0.0)
         times.append(taken)
         lines.append({

@@ -24,7 +24,7 @@ def constants(monkeypatch):
     """Round numbers in place of the fitted ones."""
     values = {"GAP": 1.0, "START": 2.0, "TRIP": 3.0, "PROGRAM": 4.0, "EPILOGUE": 0.5, "COPY": 6.0,
               "RESIZE": 5.0, "RESIZE_AHEAD": 2.5, "GATHER": 2.0, "BLEND": 0.25, "EARLY": 0.5,
-              "BESIDE": 2.0, "BESIDE_STRIDED": 4.0, "LARGER": 1.25}  # fmt: skip
+              "BESIDE": 2.0, "BESIDE_STRIDED": 4.0, "LARGER": 1.25, "PRIORITY": 0.8}  # fmt: skip
     for name, value in values.items():
         monkeypatch.setattr(cards, name, value)
 
@@ -104,8 +104,8 @@ def test_what_exceeds_the_cache_comes_from_memory():
     assert (found.us, found.bound) == (2 + 100, "HBM")
 
 
-def launch(us: float, *waits: int, fills: bool = False, slowed: float = 2.0) -> Timed:
-    return Timed(us, waits, gap=1.0, busy=us, fills=fills, slowed=slowed)
+def launch(us: float, *waits: int, fills=False, slowed: float = 2.0, priority=False) -> Timed:
+    return Timed(us, waits, 1.0, busy=us, fills=fills, slowed=slowed, priority=priority)
 
 
 def test_two_streams_by_hand():
@@ -132,6 +132,12 @@ def test_a_launch_that_fills_the_card_slows_the_smaller_one():
 def test_a_launch_that_was_there_first_is_not_slowed():
     graph = [launch(2), launch(4, 0), launch(10, 0, fills=True)]
     assert model.simulate(graph)[1:] == [(3, 7), pytest.approx((3, 3 + 10 + 0.8))]
+
+
+def test_two_that_fill_the_card_share_it():
+    graph = [launch(2), launch(10, 0, fills=True), launch(8, 0, fills=True, priority=True)]
+    assert model.simulate(graph)[2] == pytest.approx((3, 3 + 10))  # at 4/5 of its speed
+    assert model.simulate(graph)[1] == pytest.approx((3, 13 + 10 - 2))
 
 
 def test_launches_that_wait_for_each_other_are_refused():
