@@ -57,6 +57,17 @@ def cuda(device: str):
     return torch.device(device)
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration without the errors of the dtypes: most of its time, and not a test's point."""
+    from efficientad.calibration import calibrating
+    from efficientad.model.precision import Precision
+
+    monkeypatch.setattr(
+        calibrating, "measure_precision", lambda *_, **__: Precision(2, 1.0, None, {}, "cpu")
+    )
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real images for tests; not part of the repository."""

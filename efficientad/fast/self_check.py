@@ -90,7 +90,8 @@ def _checked(
 ) -> KernelBackend | str:
     """The kernels, or what is wrong with them."""
     try:
-        backend = KernelBackend(detector, dtype, device, Kernels(bundle))
+        kernels = None if bundle is None else Kernels(bundle)
+        backend = KernelBackend(detector, dtype, device, kernels)
         return self_check(backend, detector, buckets, torch_backend) or backend
     except Exception as error:  # whatever Triton or the driver raises, the line must go on
         return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -217,6 +217,7 @@ def test_no_cuda_is_named_with_the_remedy(model_file, images, monkeypatch, capsy
     assert "torch sees 0 CUDA devices; use 'cpu' or 'auto'" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_an_uncalibrated_model_names_the_command_that_helps(images, tmp_path, capsys):
     path = tmp_path / "raw.safetensors"
     ead.save(ead.EfficientAD("S"), path)
@@ -231,6 +232,7 @@ def test_an_uncalibrated_model_names_the_command_that_helps(images, tmp_path, ca
     assert run("predict", path, images, "--out", tmp_path / "out") == 0
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_calibrate_does_not_replace_another_file(model_file, images, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     other.write_text("mine")
@@ -240,6 +242,7 @@ def test_calibrate_does_not_replace_another_file(model_file, images, tmp_path, c
     assert run("calibrate", model_file, images / "0.png", "--out", other, "--force") == 0
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_calibrate_shows_the_rate_of_each_folder(model_file, images, tmp_path, capsys):
     days = [tmp_path / "monday", tmp_path / "day 2"]
     for day, names in zip(days, (("0.png", "1.png"), ("2.png",)), strict=True):
@@ -260,6 +263,7 @@ def test_calibrate_shows_the_rate_of_each_folder(model_file, images, tmp_path, c
     assert "'scores': [" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_calibrate_refuses_folders_with_more_than_good_images(model_file, images, tmp_path, capsys):
     for name in ("set/train/good", "set/test/scratch", "other/ok", "other/broken"):
         (tmp_path / name).mkdir(parents=True)
@@ -319,6 +323,7 @@ def test_the_installed_command_runs():
     assert done.stdout.strip() == f"efficientad {ead.__version__}"
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_evaluate_on_real_screws(shared_data, tmp_path, capsys):
     """Real greyscale images with masks at four times their size; a part of the test folders."""
     source = shared_data / "mvtec_screw_256"

@@ -12,9 +12,7 @@ import torch
 from PIL import Image
 
 import efficientad as ead
-from efficientad.calibration import calibrating
 from efficientad.cli.main import main
-from efficientad.model.precision import Precision
 from efficientad.training import fitting
 
 MASK = np.zeros((300, 400), dtype=bool)
@@ -44,14 +42,6 @@ def folder(tmp_path_factory) -> Path:
     detector.set_region(MASK, keep_calibration=True)
     ead.save(detector, root / "part.safetensors")
     return root
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """Calibration without the errors of the dtypes, which are not the point."""
-    monkeypatch.setattr(
-        calibrating, "measure_precision", lambda *_, **__: Precision(2, 1.0, None, {}, "cpu")
-    )
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -9,9 +9,7 @@ import pytest
 from PIL import Image
 
 import efficientad as ead
-from efficientad.calibration import calibrating
 from efficientad.cli.main import main
-from efficientad.model.precision import Precision
 from efficientad.training import fitting
 
 
@@ -31,10 +29,8 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_calibrate_changes_the_score_or_keeps_it(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        calibrating, "measure_precision", lambda *_, **__: Precision(2, 1.0, None, {}, "cpu")
-    )
+@pytest.mark.usefixtures("unmeasured")
+def test_calibrate_changes_the_score_or_keeps_it(folder, tmp_path, capsys):
     picture = folder / "good" / "0.png"
     source, found = folder / "part.safetensors", []
     for name, words in (("mean", ["--score", 10]), ("kept", [])):

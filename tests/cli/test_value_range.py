@@ -16,6 +16,7 @@ from efficientad.data.remarks import ValueRangeWarning
 from efficientad.training.settings import PenaltyWarning
 
 RANGE = (0.0, 4095.0)
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 def to12(pixels: np.ndarray) -> np.ndarray:

@@ -93,7 +93,7 @@ def test_every_size_and_padding_in_batches_of_one_three_and_two(size, padding, i
 @pytest.mark.parametrize(
     ("size", "padding"),
     [
-        ("S", False),
+        pytest.param("S", False, marks=pytest.mark.slow),
         pytest.param("S", True, marks=pytest.mark.slow),
         pytest.param("M", False, marks=pytest.mark.slow),
     ],

@@ -24,6 +24,8 @@ from efficientad.model.calibration import (
 from efficientad.model.good_images import GoodImageWarning
 from efficientad.training.pictures import TrainingImages
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def write_images(folder, n, size=(256, 256), seed=0):
     folder.mkdir(parents=True, exist_ok=True)

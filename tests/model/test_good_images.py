@@ -23,6 +23,8 @@ from efficientad.model import calibration
 from efficientad.model.calibration import ChannelStatistics, calibrate, check_scale
 from efficientad.model.good_images import odd_images
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def write(folder: Path, **pictures: np.ndarray) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
