@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from efficientad.results.prediction import Prediction
-from efficientad.service.core import Inspection, Sink
+from efficientad.service.core import Inspection, Model, Sink
 from efficientad.service.limits import Limits
 from efficientad.service.server import Server, Source, app_config, create_app
 from efficientad.service.server import bound_socket as bound
@@ -113,13 +113,14 @@ def service(
     wait_ms: float = 0,
     source: Source | None = None,
     sinks: tuple[Sink, ...] = (),
+    calibration: Sequence[float] = (),
     **guard: Any,
 ) -> Iterator[Running]:
     """A service of stubs, or of the predictors named, with source and sinks; drained at the end."""
     store = Store(folder, durable=False)
     inspection = Inspection(store, limits, wait_ms=wait_ms)
     for name, predictor in (predictors or {"stub": StubPredictor()}).items():
-        inspection.serve(name, f"digest of {name}", predictor)
+        inspection.serve(name, Model(f"digest of {name}", predictor, calibration))
     for sink in sinks:
         inspection.send_to(sink)
     sock = bound("127.0.0.1", 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.predictor.soak import StubPredictor, judged_detector
 from efficientad.fast.predictor import FastPredictor
+from efficientad.service.core import Model
 from efficientad.service.server import Settings, run
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     dtype = "float32" if options.device == "cpu" else "auto"
     predictor = kind(judged_detector(), device=options.device, dtype=dtype)
     settings = Settings(options.store, port=options.port, durable=not options.no_fsync)
-    run({"load": ("random weights", predictor)}, settings)
+    run({"load": Model("random weights", predictor)}, settings)
 
 
 if __name__ == "__main__":

@@ -114,16 +114,15 @@ def add_drift(commands: argparse._SubParsersAction) -> None:
 def run_drift(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from efficientad.checkpoint.loading import load
-    from efficientad.evaluation.drift import find_drift
+    from efficientad.evaluation.drift import calibration_scores, find_drift
     from efficientad.model.image_score import described
     from efficientad.results.score_picture import save_picture, score_picture
     from efficientad.results.stored_scores import read_scores
 
     stored = read_scores(options.results)
     detector = load(options.model, verify=False)  # of which no map is computed
-    calibration = detector.provenance.get("calibration")
-    known = calibration.get("scores") if isinstance(calibration, dict) else None
-    if not isinstance(known, list):
+    known = calibration_scores(detector.provenance)
+    if known is None:
         raise UsageError(
             f"{options.model} holds no scores of a calibration; run `efficientad calibrate "
             f"{options.model} GOOD_IMAGES`, and `predict` with the file that comes of it"

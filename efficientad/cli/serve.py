@@ -19,7 +19,7 @@ from efficientad.cli.common import (
 from efficientad.cli.sinks import add_sinks, sinks_of
 
 if TYPE_CHECKING:
-    from efficientad.fast.predictor import FastPredictor
+    from efficientad.service.core import Model
     from efficientad.service.server import Settings
 
 KEY = "EFFICIENTAD_API_KEY"  # environment variable
@@ -42,7 +42,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
 
 
 def add_service(command: argparse.ArgumentParser) -> None:
-    """Add the options of a service, which `settings_of` and `predictors_of` read."""
+    """Add the options of a service, which `settings_of` and `models_of` read."""
     command.add_argument("--host", default=HOST, help=f"address (default {HOST})")
     command.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: a free one")
     command.add_argument(
@@ -110,7 +110,7 @@ def run_serve(options: argparse.Namespace) -> int:
     from efficientad.service.server import run
 
     settings, sinks = settings_of(options), sinks_of(options)
-    run(predictors_of(options.models, options), settings, sinks=sinks)
+    run(models_of(options.models, options), settings, sinks=sinks)
     return EXIT_OK
 
 
@@ -144,20 +144,24 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
-def predictors_of(
-    models: list[str], options: argparse.Namespace
-) -> dict[str, tuple[str, FastPredictor]]:
-    """Name -> digest and predictor of detectors, named as on the command line."""
+def models_of(words: list[str], options: argparse.Namespace) -> dict[str, Model]:
+    """Name -> what is served of detectors, named as on the command line."""
+    from efficientad.evaluation.drift import calibration_scores
+    from efficientad.service.core import Model
     from efficientad.utils.files import path_digest
 
-    predictors = {}
-    for name, path in _models(models).items():
+    models = {}
+    for name, path in _paths(words).items():
         detector = load_detector(path, "cpu")
         require_calibration(detector)
         if detector.threshold is None:
             print(f"{name} has no threshold: its pictures get scores and no verdicts")
-        predictors[name] = path_digest(path), build_predictor(detector, options)
-    return predictors
+        models[name] = Model(
+            path_digest(path),
+            build_predictor(detector, options),
+            calibration_scores(detector.provenance) or (),
+        )
+    return models
 
 
 def serve_model(model: Path, store: Path) -> int:
@@ -193,7 +197,7 @@ def _key(options: argparse.Namespace) -> str | None:
     return key
 
 
-def _models(words: list[str]) -> dict[str, str]:
+def _paths(words: list[str]) -> dict[str, str]:
     """Name -> path of the detectors to serve."""
     models: dict[str, str] = {}
     for word in words:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from efficientad.cli.common import EXIT_OK, UsageError, require_packages
-from efficientad.cli.serve import add_service, predictors_of, require_extra, settings_of
+from efficientad.cli.serve import add_service, models_of, require_extra, settings_of
 from efficientad.cli.sinks import sinks_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run_watch(options: argparse.Namespace) -> int:
     from efficientad.service.server import run
 
     settings, sinks = settings_of(options), sinks_of(options)
-    run(predictors_of([options.model], options), settings, source, sinks)
+    run(models_of([options.model], options), settings, source, sinks)
     return EXIT_OK
 
 

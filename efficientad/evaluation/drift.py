@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,15 @@ class Drift:
     medians: tuple[float, float] | None
 
 
+def calibration_scores(provenance: Mapping[str, Any]) -> list[float] | None:
+    """The scores that a detector's calibration kept; None where there are none."""
+    calibration = provenance.get("calibration")
+    known = calibration.get("scores") if isinstance(calibration, dict) else None
+    return known if isinstance(known, list) else None
+
+
 def find_drift(
-    scores: Sequence[float], calibration: Sequence[float], threshold: float | None
+    scores: Sequence[float] | np.ndarray, calibration: Sequence[float], threshold: float | None
 ) -> Drift:
     """Compare the scores of a stretch of production with those that a calibration kept.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,6 +34,19 @@ class ServedPredictor(BatchPredictor, Protocol):
     image_size: tuple[int, int]
 
 
+class Model(NamedTuple):
+    """A detector to be served.
+
+    Attributes:
+        digest: of its file, see `path_digest`. predictor: computes.
+        calibration: scores that its calibration kept, see `evaluation.drift`.
+    """
+
+    digest: str
+    predictor: ServedPredictor
+    calibration: Sequence[float] = ()
+
+
 class Sink(Protocol):
     """Where stored verdicts go besides: a `sinks.delivery.Delivery`."""
 
@@ -52,13 +65,14 @@ class Served:
     """A detector under the name by which it is served.
 
     Attributes:
-        name: in addresses. digest: of its file, see `path_digest`. predictor: computes.
+        name: in addresses. digest, predictor, calibration: see `Model`.
         own_threshold: the detector file's. batcher: the queue in front of it.
     """
 
     name: str
     digest: str
     predictor: ServedPredictor
+    calibration: Sequence[float]
     own_threshold: float | None
     batcher: Batcher
 
@@ -110,8 +124,9 @@ class Inspection:
         self.metrics.gauge("efficientad_held_bytes", "Bytes of requests", lambda: self.memory.held)
         self.metrics.gauge("efficientad_listeners", "Pages that listen", lambda: len(self.hub))
 
-    def serve(self, name: str, digest: str, predictor: ServedPredictor) -> Served:
+    def serve(self, name: str, model: Model) -> Served:
         """Serve a detector under a name, by the threshold last set for it."""
+        digest, predictor, calibration = model
         own = predictor.threshold
         with self.store.reading() as db:
             row = db.execute(
@@ -130,7 +145,7 @@ class Inspection:
         batcher = Batcher(
             predictor, wait_ms=self.wait_ms, queue=self.limits.queue, observer=observe
         )
-        self.models[name] = served = Served(name, digest, predictor, own, batcher)
+        self.models[name] = served = Served(name, digest, predictor, calibration, own, batcher)
         self.metrics.gauge(
             "efficientad_waiting", "Pictures in a queue", lambda: len(batcher), model=name
         )

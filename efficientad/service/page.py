@@ -41,6 +41,7 @@ FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable"}  # numbers 
 THUMBNAIL = 320  # pixels
 MOST_THUMBNAILS = 2000  # kept in memory
 MOST_ROWS = 500
+MOST_COURSE = 100_000  # parts
 
 
 def add_page(app: FastAPI, inspection: Inspection) -> None:
@@ -268,6 +269,8 @@ def _heat(values: np.ndarray, threshold: float | None) -> bytes:
 
 
 def _add_thresholds(app: FastAPI, inspection: Inspection) -> None:
+    one_at_a_time = asyncio.Lock()  # a long course takes a second of a processor
+
     async def described(served: Served) -> dict[str, Any]:
         found = await _read(inspection, queries.counts, served.detector)
         return {
@@ -297,6 +300,18 @@ def _add_thresholds(app: FastAPI, inspection: Inspection) -> None:
         if not math.isfinite(threshold):
             raise Refused(400, f"threshold is {threshold}; it must be a finite number")
         return await _read(inspection, queries.what_if, served.detector, threshold)
+
+    @app.get("/api/models/{name}/course")
+    async def course(name: str, parts: int = 10_000) -> dict[str, Any]:
+        """How the scores of the newest parts went, and whether they drift."""
+        served = inspection.model(name)
+        if not 1 <= parts <= MOST_COURSE:
+            raise Refused(400, f"parts is {parts}; it must be in 1..{MOST_COURSE}")
+        threshold, calibration = served.predictor.threshold, served.calibration
+        async with one_at_a_time:
+            return await _read(
+                inspection, queries.course, served.detector, threshold, calibration, parts
+            )
 
     @app.put("/api/models/{name}/threshold")
     async def set_threshold(request: Request, name: str) -> dict[str, Any]:

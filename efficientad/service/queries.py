@@ -7,11 +7,17 @@ threshold, as in the verdict.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import sqlite3
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from efficientad.evaluation.drift import FEWEST, find_drift
 from efficientad.model.calibration import threshold_from_scores
 from efficientad.service.core import as_text
 from efficientad.service.store import REVIEWS
@@ -24,6 +30,8 @@ VERDICTS = {
 }
 _REVIEW = {**{word: f"review = '{word}'" for word in REVIEWS}, "open": "review IS NULL"}
 LEAST_PARTS = 20  # from which a threshold is proposed
+MOST_STRETCHES, LEAST_STRETCH = 60, 10  # of a course, and parts in one
+BAND = (0.05, 0.95)  # quantiles of the calibration's scores
 
 
 Detector = tuple[str, str]  # name and digest
@@ -150,6 +158,78 @@ def histogram(
     for place, review, count in rows:
         found[review][place] += count
     return {"low": low, "high": high, "counts": found, "not_a_number": missing}
+
+
+def course(
+    db: sqlite3.Connection,
+    detector: Detector,
+    threshold: float | None,
+    calibration: Sequence[float],
+    parts: int,
+) -> dict[str, Any]:
+    """How the scores of a detector's newest parts went, and what `find_drift` says of them.
+
+    Args:
+        threshold: the one in use. calibration: scores that the detector's calibration kept, which
+            may be none. parts: so many at most.
+
+    Returns:
+        parts; threshold; stretches of as many parts each, oldest first: number and time of the
+        first and the last one, parts, anomalous, and median and 95 % quantile of the scores that
+        are numbers, or None; calibration: parts, low, median, high (see `BAND`), or None; drift:
+        the fields of `Drift`, `since` as number and time of a part, or None; reason: a sentence
+        where there is no drift to speak of.
+    """
+    # The + keeps SQLite from an index that it would have to sort.
+    rows = db.execute(
+        "SELECT id, time, score, is_anomalous FROM verdicts WHERE +model = ? AND +digest = ? "
+        "ORDER BY id DESC LIMIT ?",
+        (*detector, parts),
+    ).fetchall()[::-1]
+    scores = np.array([math.nan if row["score"] is None else row["score"] for row in rows])
+    count = max(1, min(MOST_STRETCHES, len(rows) // LEAST_STRETCH))
+    edges = [i * len(rows) // count for i in range(count + 1)]
+    stretches = [
+        _stretch(rows[start:end], scores[start:end])
+        for start, end in itertools.pairwise(edges)
+        if end > start
+    ]
+    band = None
+    if calibration:
+        low, high = np.quantile(calibration, BAND)
+        middle = float(np.median(calibration))
+        band = {"parts": len(calibration), "low": float(low), "median": middle, "high": float(high)}
+    drift, reason = None, None
+    if not calibration:
+        reason = "The detector's file holds no scores of a calibration to compare with."
+    elif len(rows) < FEWEST:
+        reason = f"{len(rows)} parts are stored; a comparison needs {FEWEST}."
+    else:
+        try:
+            found = find_drift(scores, calibration, threshold)
+        except ValueError as error:
+            reason = f"{error}."
+        else:
+            drift = dataclasses.asdict(found)
+            if found.since is not None:
+                since = rows[found.since]
+                drift["since"] = {"id": since["id"], "time": as_text(since["time"])}
+    return {
+        "parts": len(rows), "threshold": threshold, "stretches": stretches, "calibration": band,
+        "drift": drift, "reason": reason,
+    }  # fmt: skip
+
+
+def _stretch(rows: list[sqlite3.Row], scores: np.ndarray) -> dict[str, Any]:
+    """A row of `course`."""
+    finite = scores[np.isfinite(scores)]
+    median, high = np.quantile(finite, (0.5, 0.95)).tolist() if len(finite) else (None, None)
+    return {
+        "first": rows[0]["id"], "last": rows[-1]["id"],
+        "from": as_text(rows[0]["time"]), "to": as_text(rows[-1]["time"]),
+        "parts": len(rows), "anomalous": sum(row["is_anomalous"] == 1 for row in rows),
+        "median": median, "high": high,
+    }  # fmt: skip
 
 
 class TooFew(ValueError):

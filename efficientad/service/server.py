@@ -17,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from efficientad.service.app import create_app
-from efficientad.service.core import Inspection, ServedPredictor, Sink
+from efficientad.service.core import Inspection, Model, ServedPredictor, Sink
 from efficientad.service.guard import Guard, check_key, is_loopback
 from efficientad.service.limits import Limits
 from efficientad.service.retention import Retention, check_limits
@@ -72,12 +72,12 @@ class Settings:
 
 
 def run(
-    predictors: Mapping[str, tuple[str, ServedPredictor]],
+    models: Mapping[str, Model],
     settings: Settings,
     source: Source | None = None,
     sinks: Sequence[Sink] = (),
 ) -> None:
-    """Serve predictors, name -> (digest, predictor), until SIGINT or SIGTERM, then drain.
+    """Serve models by name until SIGINT or SIGTERM, then drain.
 
     source: pictures that nobody sends, judged beside those that are sent. sinks: where verdicts
     are sent on.
@@ -98,11 +98,11 @@ def run(
             f"the store was not closed: {store.removed} pictures without a verdict removed, "
             f"{store.missing} verdicts without a picture"
         )
-    asyncio.run(_serve(predictors, settings, store, retention, sock, source, sinks))
+    asyncio.run(_serve(models, settings, store, retention, sock, source, sinks))
 
 
 async def _serve(
-    predictors: Mapping[str, tuple[str, ServedPredictor]],
+    models: Mapping[str, Model],
     settings: Settings,
     store: Store,
     retention: Retention,
@@ -113,8 +113,8 @@ async def _serve(
     inspection = Inspection(
         store, settings.limits, wait_ms=settings.wait_ms, min_area=settings.min_area
     )
-    for name, (digest, predictor) in predictors.items():
-        served = inspection.serve(name, digest, predictor)
+    for name, model in models.items():
+        served, predictor = inspection.serve(name, model), model.predictor
         await asyncio.to_thread(_warm_up, predictor)
         if predictor.threshold != served.own_threshold:
             print(f"{name}: threshold {predictor.threshold}, as set before, from the store")
@@ -125,7 +125,7 @@ async def _serve(
     keeping = asyncio.create_task(_keep(retention))
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving {', '.join(predictors)} on http://{shown}:{port}", flush=True)
+    print(f"serving {', '.join(models)} on http://{shown}:{port}", flush=True)
     watching = None if source is None else asyncio.create_task(_watch(source, inspection, server))
     try:
         await server.serve([sock])

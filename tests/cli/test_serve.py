@@ -128,12 +128,12 @@ def test_names_of_models_are_checked(capsys, models, sentence):
 def test_models_are_named_by_their_file_or_by_word(tmp_path):
     odd = tmp_path / "a=b.pt"
     odd.write_text("")
-    assert serve._models(["dir/screw.pt", "left=dir/x.pt"]) == {
+    assert serve._paths(["dir/screw.pt", "left=dir/x.pt"]) == {
         "screw": "dir/screw.pt",
         "left": "dir/x.pt",
     }
     with pytest.raises(ValueError, match="'a=b' is no name"):  # the file, not a name
-        serve._models([str(odd)])
+        serve._paths([str(odd)])
 
 
 def test_the_key_comes_from_a_file_or_the_environment_never_from_both(
@@ -142,12 +142,12 @@ def test_the_key_comes_from_a_file_or_the_environment_never_from_both(
     file = tmp_path / "key"
     file.write_text("a key of sixteen characters\n")
     ran = []
-    detector = types.SimpleNamespace(calibrated=True, threshold=0.5)
+    detector = types.SimpleNamespace(calibrated=True, threshold=0.5, provenance={})
     monkeypatch.setattr(serve, "load_detector", lambda path, device: detector)
     monkeypatch.setattr(serve, "build_predictor", lambda detector, options: "predictor")
     monkeypatch.setattr(
         "efficientad.service.server.run",
-        lambda predictors, settings, sinks: ran.append(settings),
+        lambda models, settings, sinks: ran.append(settings),
     )
     monkeypatch.delenv(serve.KEY, raising=False)
     words = ["serve", str(model), "--host", "0.0.0.0"]

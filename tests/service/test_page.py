@@ -186,6 +186,27 @@ def test_what_if_and_recalibration_answer_in_numbers(running):
     assert running.json("GET", f"{path}/recalibration?rate=1")[0] == 400
 
 
+def test_the_course_of_the_scores_and_whether_they_drift(tmp_path):
+    calibration = [0.18 + i / 1000 for i in range(40)]
+    with service(tmp_path, calibration=calibration) as running:
+        for _ in range(25):
+            send(running, GOOD)
+        path = "/api/models/stub/course"
+        status, found = running.json("GET", path)
+        assert (status, found["parts"], len(found["stretches"])) == (200, 25, 2)
+        assert found["calibration"]["parts"] == 40
+        assert found["drift"]["drifted"] is True  # all scores are the same one
+        assert found["drift"]["since"]["id"] == 1
+        status, found = running.json("GET", f"{path}?parts=5")
+        assert (found["parts"], found["reason"]) == (
+            5,
+            "5 parts are stored; a comparison needs 20.",
+        )
+        for wrong in ("0", "100001", "many"):
+            assert running.json("GET", f"{path}?parts={wrong}")[0] == 400
+        assert running.json("GET", "/api/models/other/course")[0] == 404
+
+
 def test_reviewed_good_parts_come_as_a_zip_of_the_files_as_sent(running):
     numbers = [send(running, data) for data in (GOOD, BAD, GOOD, GOOD)]
     for number, word in zip(numbers, ("good", "bad", "good", "good"), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -167,6 +168,30 @@ def test_history_one_part_and_its_map(tmp_path, opened):
         expect(page.locator(".answers .unsure")).to_have_attribute("aria-pressed", "false")
 
 
+def test_the_course_of_the_scores_shows_since_when_they_drift(tmp_path, opened):
+    calibration = [0.2 + i / 1000 for i in range(100)]
+    with service(tmp_path, calibration=calibration) as running:
+        for i in range(60):
+            running.call("POST", "/predict", picture((0.2, 0.3)[i >= 30] + i % 10 / 100))
+        page = opened(running)
+        page.locator("nav").get_by_text("Drift").click()
+        expect(page.locator(".says")).to_contain_text(re.compile(r"Drift since part (3\d|2\d),"))
+        expect(page.locator(".course .since")).to_have_count(2)  # the line and its words
+        expect(page.locator(".stretch")).to_have_count(6)
+        expect(page.locator(".course .legend")).to_contain_text("threshold 0.500")
+        marks = page.evaluate(
+            "[...document.querySelectorAll('.course polyline')].map(p => p.points.numberOfItems)"
+        )
+        assert marks == [6, 6]
+        running.call("POST", "/predict", picture(0.2))
+        page.get_by_role("button", name="New parts").click()
+        expect(page.locator(".course .head")).to_contain_text("the last 61 parts")
+        page.get_by_label("Newest parts, at most").select_option("1,000")
+        expect(page.locator(".says")).to_contain_text("Drift since part")
+        page.locator(".stretch").last.click()
+        expect(page.locator(".side dl")).to_contain_text("61")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view_fits_a_panel_of_1024_pixels(tmp_path, opened, scheme):
     with service(tmp_path, {"left": StubPredictor(), "right": StubPredictor()}) as running:
@@ -174,7 +199,7 @@ def test_every_view_fits_a_panel_of_1024_pixels(tmp_path, opened, scheme):
             for _ in range(3):
                 running.call("POST", f"/predict/{model}?name={'long-name-' * 20}", picture(0.8))
         page = opened(running, 1024, 768, color_scheme=scheme)
-        for name in ("live", "review", "history", "threshold", "part/1"):
+        for name in ("live", "review", "history", "threshold", "drift", "part/1"):
             page.goto(f"http://{running.host}:{running.port}/#{name}")
             expect(page.locator("#view > *").first).to_be_visible()
             expect(page.locator("nav a[aria-current]")).to_have_count(1)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
 pytest.importorskip("fastapi", reason="the service needs the extra efficientad[serve]")
 
+from efficientad.evaluation.drift import find_drift
 from efficientad.service import queries
 from efficientad.service.store import Record, Store
 
@@ -167,3 +171,100 @@ def test_the_bound_is_the_exact_one(found, of):
     bound = queries.upper_bound(found, of)
     # At the bound, so few or fewer are seen with 5 %.
     assert stats.binom.cdf(found, of, bound) == pytest.approx(0.05 if found < of else 1.0)
+
+
+def went(store: Store, scores, threshold: float | None = 0.5, **changes) -> None:
+    """Parts of a detector, one second after another."""
+    values = {"model": "screw", "digest": "d", **changes}
+    rows = [
+        (float(i), values["model"], values["digest"], None if score != score else score,
+         None if threshold is None else not score <= threshold)
+        for i, score in enumerate(scores)
+    ]  # fmt: skip
+    statement = (
+        "INSERT INTO verdicts (time, model, digest, score, is_anomalous, height, width, boxes, "
+        "bytes) VALUES (?, ?, ?, ?, ?, 1, 1, '[]', 0)"
+    )
+    store.submit(lambda step: step.db.executemany(statement, rows)).result()
+
+
+def course(store: Store, threshold=0.5, calibration=(), parts=10_000) -> dict:
+    with store.reading() as db:
+        return queries.course(db, SCREW, threshold, calibration, parts)
+
+
+CALIBRATION = np.random.default_rng(0).uniform(0.1, 0.3, 200).tolist()
+LIKE_IT = np.random.default_rng(1).uniform(0.1, 0.3, 300).tolist()
+HIGHER = np.random.default_rng(2).uniform(0.2, 0.4, 150).tolist()
+
+
+def test_a_course_is_of_stretches_that_hold_each_part_once(store):
+    scores = [i / 1000 for i in range(100)] + [NAN, math.inf, 0.9]
+    went(store, scores)
+    went(store, [0.4] * 50, digest="another file of the same name")
+    found = course(store)
+    assert (found["parts"], found["threshold"], found["calibration"]) == (103, 0.5, None)
+    stretches = found["stretches"]
+    assert [one["parts"] for one in stretches] == [10, 10, 10, 11, 10, 10, 11, 10, 10, 11]
+    assert (stretches[0]["first"], stretches[-1]["last"]) == (1, 103)
+    assert all(a["last"] + 1 == b["first"] for a, b in itertools.pairwise(stretches))
+    assert stretches[0]["median"] == pytest.approx(0.0045)
+    assert stretches[0]["high"] == pytest.approx(np.quantile(scores[:10], 0.95))
+    assert stretches[0]["from"] == "1970-01-01T00:00:00.000+00:00"
+    assert stretches[0]["to"] == "1970-01-01T00:00:09.000+00:00"
+    assert [one["anomalous"] for one in stretches] == [0] * 9 + [3]
+    assert stretches[-1]["median"] == pytest.approx(0.096)  # of what is a number
+    newest = course(store, parts=25)
+    assert (newest["parts"], newest["stretches"][0]["first"]) == (25, 79)
+    assert len(course(store, parts=5)["stretches"]) == 1
+
+
+def test_a_course_of_no_part_and_of_no_number(store):
+    assert course(store)["stretches"] == []
+    assert course(store)["parts"] == 0
+    went(store, [NAN] * 12)
+    (stretch,) = course(store, calibration=CALIBRATION)["stretches"]
+    assert (stretch["median"], stretch["high"], stretch["anomalous"]) == (None, None, 12)
+
+
+def test_a_course_stands_beside_the_calibration(store):
+    went(store, LIKE_IT)
+    found = course(store, calibration=CALIBRATION)
+    band = found["calibration"]
+    assert (band["parts"], band["median"]) == (200, pytest.approx(np.median(CALIBRATION)))
+    assert band["low"] == pytest.approx(np.quantile(CALIBRATION, 0.05))
+    assert band["high"] == pytest.approx(np.quantile(CALIBRATION, 0.95))
+    assert (found["drift"]["drifted"], found["drift"]["since"]) == (False, None)
+    assert found["reason"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_course_names_the_part_from_which_on_scores_drift(store):
+    scores = [*LIKE_IT, *HIGHER]
+    went(store, [0.9] * 7, model="another place")
+    went(store, scores)
+    drift = course(store, calibration=CALIBRATION)["drift"]
+    expected = find_drift(scores, CALIBRATION, 0.5)
+    assert drift["drifted"] is True
+    assert abs(expected.since - 300) < 30
+    assert drift["since"] == {"id": 7 + expected.since + 1, "time": queries.as_text(expected.since)}
+    assert drift["p_value"] == expected.p_value
+    newest = course(store, calibration=CALIBRATION, parts=150)["drift"]
+    assert newest["since"]["id"] == 307 + find_drift(HIGHER, CALIBRATION, 0.5).since + 1
+
+
+@pytest.mark.parametrize(
+    ("count", "calibration", "threshold", "reason"),
+    [
+        (30, (), 0.5, "The detector's file holds no scores of a calibration to compare with."),
+        (19, CALIBRATION, 0.5, "19 parts are stored; a comparison needs 20."),
+        (30, CALIBRATION[:5], 0.5, "calibration holds 5 scores; a comparison needs 20 at least."),
+        (30, CALIBRATION, 0.1, "calibration below the threshold holds 0 scores; a comparison"),
+    ],
+)
+def test_a_course_says_why_there_is_no_comparison(store, count, calibration, threshold, reason):
+    went(store, LIKE_IT[:count])
+    found = course(store, threshold, calibration)
+    assert found["drift"] is None
+    assert found["reason"].startswith(reason)
+    assert len(found["stretches"]) >= 1

@@ -29,11 +29,12 @@ TESTS = Path(__file__).resolve().parent.parent
 SERVER = """
 import sys
 from helpers_service import StubPredictor
+from efficientad.service.core import Model
 from efficientad.service.server import Settings, run
 from efficientad.sinks.delivery import Delivery
 from efficientad.sinks.webhook import Webhook
 settings = Settings(sys.argv[1], port=0, durable=False)
-models = {name: ("d", StubPredictor()) for name in ("left", "right")}
+models = {name: Model("d", StubPredictor()) for name in ("left", "right")}
 run(models, settings, sinks=[Delivery(Webhook(sys.argv[2]))])
 """
 

@@ -2,7 +2,7 @@
 // The page of the inspection service: four views, drawn from /api, kept live by server-sent events.
 
 const RECENT = 120, FILM = 12, AT_ONCE = 60, REDRAW = 250;
-const state = { models: [], recent: {}, opacity: 0.7, boxes: true, queue: [], filter: {} };
+const state = { models: [], recent: {}, opacity: 0.7, boxes: true, queue: [], filter: {}, course: 10000 };
 const view = document.getElementById("view");
 const WORD = { true: "anomalous", false: "normal", null: "none" };
 const TITLE = { true: "Anomalous", false: "Normal", null: "Not judged" };
@@ -14,7 +14,7 @@ const address = (part, what) => `api/verdicts/${part.id}/${what}`;
 // ---- small tools -------------------------------------------------------------------------------
 
 function make(tag, properties = {}, ...children) {
-  const svg = ["svg", "rect", "line", "circle", "g", "title"].includes(tag);
+  const svg = ["svg", "rect", "line", "polyline", "title"].includes(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
@@ -363,10 +363,108 @@ async function showThreshold() {
   if (route()[0] === "threshold") view.replaceChildren(...sections);
 }
 
+// ---- drift -------------------------------------------------------------------------------------
+
+const COURSES = [[1000, "1,000"], [10000, "10,000"], [100000, "100,000"]];
+
+function ticks(low, high) { // round numbers, some five of them
+  const raw = (high - low) / 5, power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
+  const found = [];
+  for (let i = Math.ceil(low / step); i * step <= high; i++) found.push([i * step, (i * step).toFixed(Math.max(0, -Math.floor(Math.log10(step))))]);
+  return found;
+}
+
+function courseChart(found) {
+  const width = 1000, height = 300, { stretches, calibration, threshold, drift } = found;
+  const highs = stretches.map((one) => one.high).filter((x) => x !== null);
+  const marks = [threshold, calibration?.high, ...highs].filter((x) => x !== null && x !== undefined);
+  let top = Math.max(1e-6, ...marks);
+  if (threshold > 0) top = Math.min(top, 2 * threshold); // higher ones are cut
+  const low = Math.min(0, calibration?.low ?? 0, ...stretches.map((one) => one.median ?? 0)), high = low + 1.08 * (top - low);
+  const y = (score) => height - ((Math.min(score, high) - low) / (high - low)) * height;
+  const total = Math.max(1, found.parts);
+  const places = []; // left edge and width of each stretch: as wide as it has parts
+  stretches.reduce((sum, one) => { places.push([(sum / total) * width, (one.parts / total) * width]); return sum + one.parts; }, 0);
+  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": "course of the scores" });
+  const scale = ticks(low, high).filter(([value]) => y(value) > 4);
+  svg.append(...scale.map(([value]) => make("line", { class: "tick", x1: 0, x2: width, y1: y(value), y2: y(value) })));
+  if (calibration) {
+    svg.append(make("rect", { class: "band", x: 0, width, y: y(calibration.high), height: Math.max(1, y(calibration.low) - y(calibration.high)) }));
+    svg.append(make("line", { class: "middle", x1: 0, x2: width, y1: y(calibration.median), y2: y(calibration.median) }));
+  }
+  const path = (key) => {
+    const known = stretches.map((one, i) => [places[i][0] + places[i][1] / 2, one[key]]).filter(([, value]) => value !== null);
+    const points = known.length === 1 ? [[0, known[0][1]], [width, known[0][1]]] : known; // one point would not show
+    return points.map(([x, value]) => `${x.toFixed(1)},${y(value).toFixed(1)}`).join(" ");
+  };
+  svg.append(make("polyline", { class: "high", points: path("high") }), make("polyline", { class: "median", points: path("median") }));
+  if (threshold !== null) svg.append(make("line", { class: "limit", x1: 0, x2: width, y1: y(threshold), y2: y(threshold) }));
+  const marked = [];
+  if (drift?.since) {
+    const at = stretches.findIndex((one) => one.last >= drift.since.id);
+    const [x, wide] = places[at], part = stretches[at];
+    const inside = part.last > part.first ? (drift.since.id - part.first) / (part.last - part.first) : 0;
+    const place = x + wide * inside;
+    svg.append(make("line", { class: "since", x1: place, x2: place, y1: 0, y2: height }));
+    const right = place > 0.75 * width; // the words beside the line, where there is room
+    marked.push(make("span", { className: `mark since${right ? " right" : ""}`, style: right ? `right:${100 - place / 10}%` : `left:${place / 10}%` }, "drift since here"));
+  }
+  stretches.forEach((one, i) => {
+    const bar = make("rect", { class: "stretch", x: places[i][0], width: places[i][1], y: 0, height });
+    bar.append(make("title", {}, `${when({ time: one.from })} to ${when({ time: one.to })}: ${count(one.parts)} parts, ${count(one.anomalous)} anomalous` +
+      (one.median === null ? "" : `, median ${figure(one.median)}, 95 % below ${figure(one.high)}`)));
+    bar.addEventListener("click", () => (location.hash = `part/${one.last}`));
+    svg.append(bar);
+  });
+  return make("div", { className: "chart" },
+    make("div", { className: "scale number" }, ...scale.map(([value, text]) => make("span", { style: `top:${(100 * y(value)) / height}%` }, text))),
+    make("div", { className: "plot" }, svg, ...marked),
+    make("div", { className: "axis number" }, make("span", {}, when({ time: stretches[0].from })),
+      make("span", {}, `${count(stretches.length)} stretches of about ${count(Math.round(found.parts / stretches.length))} parts`),
+      make("span", {}, when({ time: stretches[stretches.length - 1].to }))));
+}
+
+function driftSays({ drift, reason, parts, stretches }, asked) {
+  if (!drift) return ["No comparison.", reason, ""];
+  const chance = (p) => (p < 0.001 ? "less than 0.001" : p.toFixed(3));
+  const above = `${count(drift.above)} of ${count(drift.images)} parts lie above the threshold; that many good ones would lie there with a chance of ${chance(drift.above_chance)}.`;
+  if (drift.drifted === null) return ["No verdict: nearly all parts lie above the threshold.", `${above} Look at the parts: bad ones, or another light.`, "drifted"];
+  const test = `Below the threshold, ${count(drift.compared)} parts against ${count(drift.reference)} of the calibration: distance ${drift.distance.toFixed(3)}, ` +
+    `p-value ${chance(drift.p_value)}, median ${figure(drift.medians[1])} against ${figure(drift.medians[0])}.`;
+  if (!drift.since) return ["No drift.", `${test} ${above}`, "steady"];
+  const before = parts === asked && drift.since.id <= stretches[0].last ? ", or before" : "";
+  return [`Drift since part ${count(drift.since.id)}, ${when(drift.since)}${before}.`, `${test} ${above}`, "drifted"];
+}
+
+async function courseCard(model, parts) {
+  const found = await ask(`api/models/${encodeURIComponent(model.name)}/course?parts=${parts}`);
+  const head = make("div", { className: "head" }, make("h2", {}, model.name),
+    make("span", { className: "soft" }, found.parts ? `the last ${count(found.parts)} parts` : "no part yet"));
+  if (!found.parts) return make("section", { className: "card decide" }, head);
+  const key = (kind, text) => make("span", {}, make("i", { className: kind }), text);
+  const [says, because, kind] = driftSays(found, parts), { calibration, threshold } = found;
+  const open = found.drift?.since ? make("a", { className: "button", href: `#part/${found.drift.since.id}` }, "Look at the first part of it") : null;
+  head.append(make("span", { className: "space" }), make("span", { className: "legend" }, key("median", "median"), key("high", "95 % quantile"),
+    calibration ? key("band", "calibration, 5 to 95 %") : null, threshold === null ? null : key("limit", `threshold ${figure(threshold)}`)));
+  return make("section", { className: "card decide course" }, head, make("p", { className: `says number ${kind}`, role: "status" }, says),
+    courseChart(found), make("p", { className: "because number" }, because), open);
+}
+
+async function showDrift() {
+  const parts = state.course;
+  const cards = await Promise.all(shownModels().map((model) => courseCard(model, parts)));
+  if (route()[0] !== "drift" || parts !== state.course) return;
+  const select = make("select", { onchange: (event) => { state.course = Number(event.target.value); showDrift().catch(failed); } },
+    ...COURSES.map(([value, text]) => make("option", { value, selected: value === parts }, text)));
+  view.replaceChildren(make("div", { className: "filters" }, make("label", {}, "Newest parts, at most", select),
+    make("button", { id: "fresh", hidden: true, onclick: () => showDrift().catch(failed) }, "New parts")), ...cards);
+}
+
 // ---- frame -------------------------------------------------------------------------------------
 
 const route = () => (location.hash.slice(1) || "live").split("/");
-const VIEWS = { live: showLive, review: showReview, history: showHistory, threshold: showThreshold, part: (id) => showPart(Number(id)) };
+const VIEWS = { live: showLive, review: showReview, history: showHistory, threshold: showThreshold, drift: showDrift, part: (id) => showPart(Number(id)) };
 
 function show() {
   const [name, value] = route();
@@ -446,7 +544,7 @@ function listen() {
   });
   on("threshold", async () => {
     await loadModels().catch(failed);
-    if (["live", "threshold"].includes(route()[0])) show();
+    if (["live", "threshold", "drift"].includes(route()[0])) show();
   });
 }
 
