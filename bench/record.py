@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # reports read results files where there is no torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 Row = dict[str, Any]  # of a results file
-PACKAGES = ("torch", "triton", "numpy", "pillow", "onnxruntime", "openvino", "anomalib")
+PACKAGES = ("torch", "triton", "numpy", "pillow", "onnxruntime", "openvino", "nncf", "anomalib")
 
 
 def about(device: str | torch.device = "cpu", command: str | None = None) -> dict[str, Any]:

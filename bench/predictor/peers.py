@@ -19,6 +19,8 @@ resized, maximum. dtype: float32 on a CPU, float16 on CUDA, unless the name says
     anomalib                    its EfficientAdModel, under autocast to float16 on CUDA. It pads the
                                 maps before it normalises them: judged by the border rule "anomalib"
     onnxruntime, OpenVINO       our ONNX export, on a CPU, with torch's number of threads
+    OpenVINO int8               its convolutions quantised by NNCF on good pictures, which
+                                `bench.predictor.processes` has
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from bench.predictor.peers_torch import BF16, NotHere, Peer, Place
 from efficientad.model.detector import EfficientAD
 
 Builder = Callable[[EfficientAD, Place], Peer]
-NELSON, COMPILE = "nelson1425 order, eager", "torch.compile"
+NELSON, COMPILE, INT8 = "nelson1425 order, eager", "torch.compile", "OpenVINO int8"
 PEERS: dict[str, dict[str, Builder]] = {
     "cpu": {
         NELSON: peers_torch.nelson,
@@ -54,6 +56,8 @@ PEERS: dict[str, dict[str, Builder]] = {
         f"{COMPILE} max-autotune": peers_torch.compiled,
     },
 }
+# In a process of its own, with good pictures.
+PROCESSES = PEERS["cpu"] | {INT8: peers_packages.openvino_int8}
 
 
 def names(device: torch.device, *, compile: bool) -> tuple[str, ...]:
@@ -62,8 +66,12 @@ def names(device: torch.device, *, compile: bool) -> tuple[str, ...]:
 
 
 def build(name: str, detector: EfficientAD, place: Place) -> Peer:
-    """Build a peer of `names`; whatever others' software raises comes through, see `reason`."""
-    return PEERS[place.device.type][name](detector, place)
+    """Build a peer of `names`, or of PROCESSES where the place has good pictures.
+
+    Whatever others' software raises comes through, see `reason`.
+    """
+    field = PEERS[place.device.type] if place.good is None else PROCESSES
+    return field[name](detector, place)
 
 
 def reason(error: Exception) -> str:

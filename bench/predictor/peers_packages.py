@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.predictor.peers_torch import BF16, FLOAT, HALF, Peer, Place, need_bfloat16, need_package
+from bench.predictor.peers_torch import (
+    BF16,
+    FLOAT,
+    HALF,
+    NotHere,
+    Peer,
+    Place,
+    need_bfloat16,
+    need_package,
+)
+from efficientad.benchmark.contenders import as_images
 from efficientad.checkpoint.exporting import export
 from efficientad.model.detector import EfficientAD
 from efficientad.model.networks import TEACHER_CHANNELS
@@ -52,8 +65,10 @@ def onnxruntime(detector: EfficientAD, place: Place) -> Peer:
 
     options = library.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    if place.parked:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = library.InferenceSession(
-        exported(detector, place.folder), options, providers=["CPUExecutionProvider"]
+        exported(detector, place), options, providers=["CPUExecutionProvider"]
     )
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,15 +82,25 @@ def openvino(detector: EfficientAD, place: Place, dtype: torch.dtype = FLOAT) ->
     need_package("openvino")
     if dtype == BF16:
         need_bfloat16()
+    return _compiled(exported(detector, place), detector, place, dtype)
+
+
+def openvino_int8(detector: EfficientAD, place: Place) -> Peer:
+    """NNCF's post-training quantisation; what stays in floats is computed in float32."""
+    return _compiled(quantised(detector, place), detector, place, torch.int8)
+
+
+def _compiled(path: str, detector: EfficientAD, place: Place, dtype: torch.dtype) -> Peer:
+    """OpenVINO on a model file, for this batch alone."""
     import openvino as library
 
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": {FLOAT: "f32", BF16: "bf16"}[dtype],
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == BF16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     core = library.Core()
-    model = core.read_model(exported(detector, place.folder))
+    model = core.read_model(path)
     model.reshape([place.batch, 3, *detector.image_size])
     request = core.compile_model(model, "CPU", settings).create_infer_request()
 
@@ -87,10 +112,59 @@ def openvino(detector: EfficientAD, place: Place, dtype: torch.dtype = FLOAT) ->
     return Peer(Tensor.contiguous, run, dtype)
 
 
-def exported(detector: EfficientAD, folder: Path) -> str:
+def exported(detector: EfficientAD, place: Place) -> str:
     """Our ONNX file of the detector, run and compared when it is made; it is made once."""
-    height, width = detector.image_size
-    path = folder / f"{detector.size}-{height}x{width}.onnx"
+    path = _kept(detector, place, ".onnx")
     if not path.exists():
         export(detector, path)
     return str(path)
+
+
+def quantised(detector: EfficientAD, place: Place) -> str:
+    """Our ONNX file with int8 networks, calibrated on the place's good pictures; made once.
+
+    What is behind the last convolutions stays in floats: a map is a small difference of large
+    numbers, which eight bits would lose.
+    """
+    need_package("openvino")
+    need_package("nncf")
+    if place.good is None:
+        raise NotHere("no good pictures to calibrate it on")
+    path = _kept(detector, place, "-int8.xml")
+    if not path.exists():
+        import nncf
+        import openvino as library
+
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # a line for each operation
+        model = library.Core().read_model(exported(detector, place))
+        pictures = nncf.Dataset(list(as_images(place.good)), lambda image: image[None].numpy())
+        small = nncf.quantize(
+            model,
+            pictures,
+            subset_size=len(place.good),
+            ignored_scope=nncf.IgnoredScope(names=_behind_convolutions(model), validate=False),
+        )
+        with tempfile.TemporaryDirectory(dir=place.folder) as folder:
+            library.save_model(small, Path(folder) / path.name, compress_to_fp16=False)
+            for suffix in (".bin", ".xml"):  # the second one is asked for
+                (Path(folder) / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
+    return str(path)
+
+
+def _behind_convolutions(model: Any) -> list[str]:
+    """Names of an OpenVINO model's operations that no convolution depends on."""
+    read: set[str] = set()
+    behind = []
+    for node in reversed(model.get_ordered_ops()):
+        name = node.get_friendly_name()
+        if name in read or node.get_type_name() == "Convolution":
+            sources = (value.get_source_output().get_node() for value in node.inputs())
+            read.update(source.get_friendly_name() for source in sources)
+        else:
+            behind.append(name)
+    return behind
+
+
+def _kept(detector: EfficientAD, place: Place, suffix: str) -> Path:
+    height, width = detector.image_size
+    return place.folder / f"{detector.size}-{height}x{width}{suffix}"

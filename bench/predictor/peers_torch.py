@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,12 +41,21 @@ class Peer:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and for what peers are built: a CPU or CUDA device, images per call, and a folder for
-    exported files, which are kept there."""
+    """Where and for what peers are built.
+
+    Attributes:
+        device: a CPU or CUDA device.
+        batch: images per call.
+        folder: for exported files, which are kept there.
+        parked: whether threads that wait for work sleep, where a runtime would let them spin.
+        good: uint8 (N, H, W, 3), for what is calibrated on good pictures; or None.
+    """
 
     device: torch.device
     batch: int
     folder: Path
+    parked: bool = False
+    good: np.ndarray | None = None
 
     @property
     def dtype(self) -> torch.dtype:

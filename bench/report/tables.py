@@ -18,6 +18,7 @@ from bench import record
 from bench.record import Row
 from bench.report.estimates import estimate_table
 from bench.report.format import DASH, dtype_name, error, markdown, number, of_kind, percent, source
+from bench.report.processes import processes_table
 from bench.report.targets import H200, all_verdicts, fits, targets_table
 from bench.report.timeline import timeline_table
 from bench.shapes import BOTH, network_flop, paper_gflop
@@ -220,6 +221,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overview": overview_table,
     "end-to-end": end_to_end_table,
     "peers": peers_table,
+    "processes": processes_table,
     "stages": stages_table,
     "kernels": kernels_table,
     "sweeps": sweeps_table,
