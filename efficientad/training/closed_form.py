@@ -31,9 +31,7 @@ GAINS = (0.85, 1.1)  # of an image's brightness, drawn uniformly: lines drift in
 # Penalties, as parts of the mean eigenvalue of the inputs' covariance.
 STUDENT_RIDGE = 0.4
 SECOND_RIDGE = 16.0  # what the autoencoder is compared with stays near the mean
-# Of its map, by schedule: in closed form it measures brightness most of all, and a thousand steps
-# do not teach it every kind of part (docs/training.md).
-AUTOENCODER_WEIGHTS = {"instant": 0.5, "short": 0.25}
+AUTOENCODER_WEIGHT = 0.5  # of its map, which measures brightness most of all (docs/training.md)
 DECODER_RIDGE = 1e-2  # its features are few and alike: below, float32 sums have no Cholesky factor
 _BLOCK = 4096  # rows of one sum in float32
 _COLUMNS = 1024  # of a product at a time: half of the symmetric matrix is never computed

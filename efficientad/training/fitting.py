@@ -182,8 +182,7 @@ def _prepare(task: Task, dataset: DataSet) -> _Parts:
         start_from_teacher(detector)
     if task.schedule == "instant":
         spread_autoencoder(detector, seed)
-    if task.schedule != "paper":
-        detector.autoencoder_weight = closed_form.AUTOENCODER_WEIGHTS[task.schedule]
+        detector.autoencoder_weight = closed_form.AUTOENCODER_WEIGHT
     photos = None
     if task.penalty is not None:
         photos = Photos(task.penalty, detector.image_size, seed)
@@ -312,6 +311,13 @@ def _calibrate(
 ) -> list[tuple[str, str]]:
     """Calibrate on what was held out; (path, reason) of what could not be read."""
     unreadable: list[tuple[str, str]] = []
+    if task.schedule == "short":
+        parts.detector.autoencoder_weight = short.autoencoder_weight(
+            parts.detector,
+            [sample.path for sample in dataset.validation],
+            half=task.settings.dtype == "bfloat16",
+            workers=task.workers,
+        )
     known = parts.source.images.known()  # `calibrate` looks for them among those held out
     parts.detector.provenance["training"] = {"known_pictures": known}
     calibrate(

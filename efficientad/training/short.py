@@ -11,14 +11,18 @@ solved on the inner layers that came out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from efficientad.data.images import load_batches
 from efficientad.model.calibration import Progress
-from efficientad.model.region import of_cells
+from efficientad.model.detector import EfficientAD
+from efficientad.model.region import index_of, of_cells
 from efficientad.training import closed_form
 from efficientad.training.closed_form import GAINS, solve_last_layers, solve_second_half
 from efficientad.training.losses import (
@@ -39,11 +43,48 @@ AUTOENCODER_IMAGES = 8  # of a step; its step on one image costs an eighth of th
 AUTOENCODER_RATE = 1e-3
 _AUTOENCODER = {"autoencoder": {"images": AUTOENCODER_IMAGES, "learning_rate": AUTOENCODER_RATE}}
 _WARM_UP = 0.1  # part of the steps over which the learning rates rise
+LEAST_WEIGHT = 0.05  # of the autoencoder's map, where it explains nothing
 
 
 def brightened(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """uint8 (H, W, 3) -> float32 (H, W, 3) in 0..1 times a factor of U(0.85, 1.1), clipped."""
     return jitter(image.astype(np.float32) / 255, "brightness", float(rng.uniform(*GAINS)))
+
+
+@torch.no_grad()
+def autoencoder_weight(
+    detector: EfficientAD, held_out: Iterable[Path], *, half: bool = False, workers: int = 2
+) -> float:
+    """The part of the teacher's variance on held-out good images that the autoencoder explains.
+
+    1 - sum (T - A)^2 / sum T^2 over all cells that count, with T the teacher's standardised
+    features, whose mean over the training images is 0; from `LEAST_WEIGHT` to 1. What an
+    autoencoder can't predict on good images is noise in its map, and no sign of a defect.
+
+    Args:
+        detector: with its channel statistics and a trained autoencoder, in eval mode.
+        held_out: good images that were not trained on; unreadable ones are passed over.
+        half: networks in bfloat16.
+    """
+    cells, device = index_of(detector.region_cells), detector.teacher_mean.device
+    error = variance = 0.0
+    for batch in load_batches(
+        held_out,
+        detector.image_size,
+        batch_size=1,
+        workers=workers,
+        on_error=lambda index, path, reason: None,
+        value_range=detector.value_range,
+    ):
+        image = batch.images.to(device)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            target = standardized(detector, teacher_features(detector, image))
+            found = detector.autoencoder(detector.normalize(image))
+        target = of_cells(target.float(), cells)
+        error += squared_difference(target, of_cells(found, cells)).double().sum().item()
+        variance += target.double().square().sum().item()
+    explained = 1 - error / variance if variance else 0.0
+    return min(max(explained, LEAST_WEIGHT), 1.0)
 
 
 def facts() -> dict[str, Any]:

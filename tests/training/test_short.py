@@ -185,6 +185,42 @@ def test_steps_change_first_half_and_autoencoder_and_the_end_solves_the_second(f
             assert torch.equal(ended[name], value), name
 
 
+@pytest.mark.parametrize(
+    ("factor", "weight"), [(1.0, 1.0), (0.5, 0.75), (0.0, short.LEAST_WEIGHT), (-1.0, 0.05)]
+)
+def test_the_autoencoders_weight_is_what_it_explains(folder, tmp_path, factor, weight):
+    made = trainer(folder)
+    made.prepare()
+    detector = made.detector
+    detector.eval()
+    detector.autoencoder.forward = lambda x: factor * standardized(detector, detector.teacher(x))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    held_out = [*sorted(folder.iterdir())[:2], broken]
+    assert short.autoencoder_weight(detector, held_out) == pytest.approx(weight, abs=1e-5)
+    assert short.autoencoder_weight(detector, [broken]) == short.LEAST_WEIGHT
+
+
+def test_outside_of_the_region_the_autoencoder_may_explain_nothing(folder):
+    made = trainer(folder)
+    made.prepare()
+    detector = made.detector
+    detector.eval()
+    region = torch.zeros(256, 256, dtype=torch.bool)
+    region[:, :128] = True
+    detector.set_region(region)
+    outside = ~detector.region_cells
+
+    def left(x):
+        return standardized(detector, detector.teacher(x)).masked_fill(outside, 100.0)
+
+    detector.autoencoder.forward = left
+    paths = sorted(folder.iterdir())[:1]
+    assert short.autoencoder_weight(detector, paths) == pytest.approx(1, abs=1e-5)
+    detector.set_region(None)
+    assert short.autoencoder_weight(detector, paths) == short.LEAST_WEIGHT
+
+
 def test_a_state_of_another_autoencoder_is_refused(folder, tmp_path, monkeypatch):
     made = trainer(folder)
     made.prepare()
@@ -252,3 +288,4 @@ def test_fit_on_a_cpu_is_short_by_default(folder, monkeypatch, recwarn):
     assert (facts["steps"], facts["batch_size"], facts["learning_rate"]) == (2, 2, 3e-4)
     assert facts["ridge"]["second half"] == closed_form.SECOND_RIDGE
     assert found.calibrated
+    assert short.LEAST_WEIGHT <= found.autoencoder_weight < 1
