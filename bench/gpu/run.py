@@ -5,7 +5,8 @@
 Steps, in order of value: correctness, ceilings, kernels, predictor (end to end, stages, peers),
 layers, dtypes, sweeps, compiled, sanitizer. What fails its check gets no speed. Before each
 measurement the clock is read: it is left out if the longest of its kind so far would not fit.
-results.json is written after every measurement; a second call with --resume takes what is missing.
+results.json is written after every measurement; a second call with --resume takes what is missing
+on a card of the same name, whatever its driver; on another card it starts that card's own results.
 Beside it go results.txt, one page of tables, and the pictures: at most MAX_FILES files.
 
 The measurements run in a child process. One that crashes it, hangs, or loses the device is noted as
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--budget", type=seconds, default=540.0, metavar="9m", help="of all, start to end")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
-    add("--resume", type=Path, metavar="FILE", help="results.json of an earlier call, to complete")
+    add("--resume", type=Path, metavar="FILE", help="results.json of an earlier call")
     add("--only", metavar="STEP,...", help="steps to take; default: all")
     add("--device", default="cuda", help="cuda, or cpu: small shapes and counts, a smoke test")
     add("--seed", type=int, help="of the correctness checks; default: a fresh one")
@@ -88,6 +89,9 @@ def child(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"! {error}", flush=True)
         return 2
+    if log.other_card is not None:
+        said = f"{options.resume} was made on {log.other_card}; this card starts its own results"
+        print(f"! {said}", flush=True)
     for key, taken in log.keys.items():
         budget.took(key, taken)
     plan = steps.Plan(options.device, options.seed, log)

@@ -2,8 +2,8 @@
 
 A measurement is (key, callable that gives rows). Measurements of one kind (`kind_of` its key) take
 about as long. In `about` the results file has `keys`, seconds by key, of all that were taken;
-`parts`, date and command of every process that added to it; and `left_out`, the keys for which
-there was no time. Rows carry their `key` and `part`.
+`parts`, date, command and driver of every process that added to it; and `left_out`, the keys for
+which there was no time. Rows carry their `key` and `part`.
 
 Nothing that failed its correctness check keeps a time, whichever of the two came first.
 """
@@ -29,7 +29,8 @@ OUR_PREDICTOR = ("end_to_end", "frame", "stage", "cold_start", "ratio")  # kinds
 SPEED = ("us", "spread_us", "tflops", "gb_s", "fraction_of_ceiling", "ratio", "ratio_spread",
          "l2_tb_s", "p50_ms", "p90_ms", "p99_ms", "max_ms", "mean_ms", "spread_ms",
          "images_per_s")  # fmt: skip
-SAME = ("device", "capability", "driver", "versions", "commit")
+CARD = ("device", "capability")
+SAME = ("versions", "commit")  # the driver is noted for each part
 
 
 def kind_of(key: str) -> str:
@@ -69,30 +70,47 @@ class RunLog:
     Args:
         path: of the file, written after every measurement, whole or not at all.
         facts: from `record.about`; a date and a command of a part.
-        earlier: a results file to go on with, or None.
+        earlier: a results file to go on with, or None. One of another card is left as it is, and
+            this one starts without its rows.
+
+    Attributes:
+        other_card: the name of the earlier file's card, if it is another one.
 
     Raises:
-        ValueError: the earlier file is of another device, driver, version or commit, or no such
-            log.
+        ValueError: the earlier file is of other versions or another commit, no such log, or of
+            another card and the very file to write.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], earlier: Path | None = None) -> None:
-        self.path, self.rows = path, []
+        self.path = path
+        self.rows: list[Row] = []
         self.about = {**facts, "parts": [], "keys": {}, "left_out": []}
+        self.other_card: str | None = None
         if earlier is not None:
             found = record.read(earlier)
             if not {"parts", "keys"} <= set(found["about"]):
                 raise ValueError(f"{earlier} is no results file of bench.gpu")
-            for name in SAME:
-                if found["about"].get(name) != facts.get(name):
+            if any(found["about"].get(name) != facts.get(name) for name in CARD):
+                self.other_card = str(found["about"].get("device"))
+                if path.exists() and path.samefile(earlier):
                     raise ValueError(
-                        f"{earlier} has {name} {found['about'].get(name)!r} and this run "
-                        f"{facts.get(name)!r}; a results file holds one"
+                        f"{earlier} was made on {self.other_card} and this card is "
+                        f"{facts.get('device')}; a results file holds one: name another folder"
                     )
-            self.about, self.rows = found["about"], found["rows"]
-            self.about["left_out"] = []
-        self.about["parts"].append({name: facts.get(name) for name in ("date", "command")})
+            else:
+                self._go_on(found, facts, earlier)
+        self.about["parts"].append({n: facts.get(n) for n in ("date", "command", "driver")})
         self.write()
+
+    def _go_on(self, found: dict[str, Any], facts: dict[str, Any], earlier: Path) -> None:
+        for name in SAME:
+            if found["about"].get(name) != facts.get(name):
+                raise ValueError(
+                    f"{earlier} has {name} {found['about'].get(name)!r} and this run "
+                    f"{facts.get(name)!r}; a results file holds one"
+                )
+        self.about, self.rows = found["about"], found["rows"]
+        self.about["left_out"] = []
 
     @classmethod
     def reopen(cls, path: Path) -> RunLog:
@@ -100,6 +118,7 @@ class RunLog:
         log = cls.__new__(cls)
         found = record.read(path)
         log.path, log.about, log.rows = path, found["about"], found["rows"]
+        log.other_card = None
         return log
 
     @property

@@ -70,7 +70,8 @@ def source(found: dict[str, Any]) -> str:
     about = found["about"]
     versions = about.get("versions", {})
     named = [f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions]
-    driver = [f"driver {about['driver']}"] if "driver" in about else []
+    drivers = [about.get("driver"), *(part.get("driver") for part in about.get("parts", []))]
+    driver = [f"driver {name}" for name in dict.fromkeys(filter(None, drivers))]
     return ", ".join(
         [about["device"], *driver, *named, f"commit {about.get('commit')}", str(about.get("date"))]
     )

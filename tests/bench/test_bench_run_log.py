@@ -8,6 +8,7 @@ import pytest
 from bench import record
 from bench.gpu import run_log
 from bench.gpu.run_log import Budget, RunLog, run_all
+from bench.report.format import source
 
 
 class Clock:
@@ -136,11 +137,38 @@ def test_a_second_call_takes_what_is_missing(tmp_path):
     assert [part["command"] for part in found["about"]["parts"]] == ["first", "second"]
 
 
-@pytest.mark.parametrize("name", ["device", "commit", "driver", "versions"])
-def test_results_of_another_machine_or_commit_are_not_mixed(tmp_path, name):
+@pytest.mark.parametrize("name", ["commit", "versions"])
+def test_results_of_another_commit_are_not_mixed(tmp_path, name):
     first = log(tmp_path)
     with pytest.raises(ValueError, match=f"has {name}"):
         log(tmp_path, first.path, **{name: "other"})
+
+
+def test_another_driver_goes_on_and_is_noted(tmp_path):
+    first = log(tmp_path)
+    run_all([("x/1", lambda: [{"kind": "x"}])], first, Budget(100))
+    (tmp_path / "second").mkdir()
+    second = log(tmp_path / "second", first.path, driver="2.0")
+    assert list(second.keys) == ["x/1"]
+    found = record.read(second.path)
+    assert [part["driver"] for part in found["about"]["parts"]] == ["1.0", "2.0"]
+    assert "NVIDIA H200, driver 1.0, driver 2.0, torch" in source(found)
+
+
+def test_another_card_starts_its_own_rows(tmp_path):
+    first = log(tmp_path)
+    run_all([("x/1", lambda: [{"kind": "x", "n": 1}])], first, Budget(100))
+    before = first.path.read_bytes()
+    (tmp_path / "second").mkdir()
+    second = log(tmp_path / "second", first.path, device="NVIDIA H100", commit="other")
+    assert second.other_card == made.H200
+    run_all([("x/1", lambda: [{"kind": "x", "n": 2}])], second, Budget(100))
+    found = record.read(second.path)
+    assert found["about"]["device"] == "NVIDIA H100"
+    assert [(row["n"], row["part"]) for row in found["rows"]] == [(2, 1)]
+    with pytest.raises(ValueError, match="was made on NVIDIA H200 and this card is NVIDIA H100"):
+        log(tmp_path, first.path, device="NVIDIA H100")
+    assert first.path.read_bytes() == before
 
 
 # ---- what is wrong gets no speed -----------------------------------------------------------------
