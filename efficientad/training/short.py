@@ -55,11 +55,12 @@ def brightened(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def autoencoder_weight(
     detector: EfficientAD, held_out: Iterable[Path], *, half: bool = False, workers: int = 2
 ) -> float:
-    """The part of the teacher's variance on held-out good images that the autoencoder explains.
+    """How much its map counts: the square of what it explains of held-out good images.
 
-    1 - sum (T - A)^2 / sum T^2 over all cells that count, with T the teacher's standardised
-    features, whose mean over the training images is 0; from `LEAST_WEIGHT` to 1. What an
-    autoencoder can't predict on good images is noise in its map, and no sign of a defect.
+    That is 1 - sum (T - A)^2 / sum T^2 over all cells that count, with T the teacher's standardised
+    features, whose mean over the training images is 0; the result is at least `LEAST_WEIGHT`. What
+    an autoencoder can't predict on good images is noise in its map, and no sign of a defect; the
+    square is what several sets gained by (docs/training.md).
 
     Args:
         detector: with its channel statistics and a trained autoencoder, in eval mode.
@@ -83,8 +84,8 @@ def autoencoder_weight(
         target = of_cells(target.float(), cells)
         error += squared_difference(target, of_cells(found, cells)).double().sum().item()
         variance += target.double().square().sum().item()
-    explained = 1 - error / variance if variance else 0.0
-    return min(max(explained, LEAST_WEIGHT), 1.0)
+    explained = max(1 - error / variance, 0.0) if variance else 0.0
+    return max(explained**2, LEAST_WEIGHT)
 
 
 def facts() -> dict[str, Any]:
