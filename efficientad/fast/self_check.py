@@ -90,8 +90,7 @@ def _checked(
 ) -> KernelBackend | str:
     """The kernels, or what is wrong with them."""
     try:
-        kernels = None if bundle is None else Kernels(bundle)
-        backend = KernelBackend(detector, dtype, device, kernels)
+        backend = KernelBackend(detector, dtype, device, Kernels(bundle))
         return self_check(backend, detector, buckets, torch_backend) or backend
     except Exception as error:  # whatever Triton or the driver raises, the line must go on
         return f"{type(error).__name__}: {error}".splitlines()[0]

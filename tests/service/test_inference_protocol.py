@@ -154,8 +154,12 @@ BAD = {
     "words": ({"inputs": [IMAGE | {"data": ["a"] * 12}]}, "data of image must be"),
     "ragged": ({"inputs": [IMAGE | {"data": [[0], [0, 1]]}]}, "data of image must be"),
     "a picture too large": (
-        {"inputs": [IMAGE | {"shape": [1, 2**30, 2**30, 3]}]},
+        {"inputs": [IMAGE | {"shape": [1, 2**14, 2**14, 3]}]},
         "megapixels; at most 64",
+    ),
+    "a side too long": (
+        {"inputs": [IMAGE | {"shape": [1, 2**30, 2**30, 3]}]},
+        "a side may have at most 32768",
     ),
     "too many": ({"inputs": [IMAGE | {"shape": [65, 2, 2, 3]}]}, "at most 64 are taken"),
     "files in JSON": (
