@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,3 +146,37 @@ def service(
         server.handle_exit(15, None)
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextmanager
+def commands() -> Iterator[Callable[..., tuple[subprocess.Popen, str]]]:
+    """Starts commands that serve, `start(command, environment, ...)`; they are killed at the end.
+
+    The words behind the environment are those of Popen. It gives a command's process and its
+    address, once it serves.
+    """
+    started: list[subprocess.Popen] = []
+
+    def start(
+        command: Sequence[str], environment: dict[str, str], **options: Any
+    ) -> tuple[subprocess.Popen, str]:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            **options,
+        )
+        started.append(process)
+        for line in process.stdout:
+            if line.startswith("serving "):
+                return process, line.split()[-1]
+        raise AssertionError("it ended before it served")
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            process.stdout.close()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import types
 import urllib.request
@@ -15,6 +13,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the service needs the extra efficientad[serve]")
+
+from helpers_service import commands
 
 from efficientad.checkpoint.native_file import save
 from efficientad.cli import main as command_line
@@ -35,27 +35,10 @@ def model(tmp_path_factory):
 @pytest.fixture
 def start(model, tmp_path):
     """Starts the command; gives its process and its address."""
-    started = []
-
-    def run(*words: str, **environment: str):
-        command = [sys.executable, "-m", "efficientad", "serve", str(model), "--port", "0"]
-        process = subprocess.Popen(
-            [*command, "--store", str(tmp_path / "store"), *words],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        )
-        started.append(process)
-        for line in process.stdout:
-            if line.startswith("serving "):
-                return process, line.split()[-1]
-        raise AssertionError("it ended before it served")
-
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    command = [sys.executable, "-m", "efficientad", "serve", str(model), "--port", "0"]
+    command += ["--store", str(tmp_path / "store")]
+    with commands() as served:
+        yield lambda *words, **environment: served([*command, *words], environment)
 
 
 def post(address: str, data: bytes, **headers: str) -> dict:

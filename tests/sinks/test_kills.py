@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the service needs the extra efficientad[s
 pytest.importorskip("httpx", reason="a webhook needs the extra efficientad[webhook]")
 
 from helpers_receiver import WebhookReceiver
-from helpers_service import part
+from helpers_service import commands, part
 
 from efficientad.service.store import Store
 
@@ -42,28 +42,13 @@ run(models, settings, sinks=[Delivery(Webhook(sys.argv[2]))])
 @pytest.fixture
 def start(tmp_path):
     """Starts a service that posts to an address; gives its process and its own address."""
-    started = []
-
-    def run(url: str):
-        process = subprocess.Popen(
+    with commands() as served:
+        yield lambda url: served(
             [sys.executable, "-c", SERVER, str(tmp_path), url],
-            stdout=subprocess.PIPE,
+            {"PYTHONPATH": str(TESTS)},
             stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
             cwd=TESTS.parent,
         )
-        started.append(process)
-        for line in process.stdout:
-            if line.startswith("serving "):
-                return process, line.split()[-1]
-        raise AssertionError("it ended before it served")
-
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_every_verdict_arrives_in_order_through_five_kills_and_a_receiver_that_goes(
