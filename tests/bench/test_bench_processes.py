@@ -27,7 +27,7 @@ MS = {AUTO: 10.0, FLOAT: 20.0, PEER: 40.0}  # of the stubs' calls
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def made(tmp_path_factory):
     """What `prepare` leaves, of a detector with random weights, and all verdicts in doubt."""
     path = tmp_path_factory.mktemp("prepared")
     pictures = frames(3)
@@ -39,7 +39,14 @@ def folder(tmp_path_factory):
         arrays = {"scores": scores.numpy(), "maps": maps.numpy(), "good": frames(2, seed=1)}
         arrays["threshold"] = detector.threshold
         np.savez(path / "S.npz", frames=pictures, **arrays)
-        yield path
+    return path
+
+
+@pytest.fixture
+def folder(made):
+    """The same, while networks are as thin as its detector's."""
+    with thin_networks():
+        yield made
 
 
 class Stub:
