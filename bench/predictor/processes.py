@@ -177,7 +177,9 @@ class Measurement:
                     ready[name] = contender
                 except Failed as error:
                     self.rows[name, configuration]["no_time"] = str(error)
-        quiet = self._timed(ready, configuration)
+        quiet, failed = turns(ready, self.options)
+        for name, why in failed.items():
+            self.rows[name, configuration] |= why
         for name, rounds in quiet.items():
             found = self.rows[name, configuration]
             found |= summary(rounds, configuration[1])
@@ -202,14 +204,6 @@ class Measurement:
             found = self.rows[name, configuration]
             found["busy_ms"] = median(rounds)
             found["busy_ratio"] = round(found["busy_ms"] / found["p50_ms"], 4)
-
-    def _timed(
-        self, ready: dict[str, Contender], configuration: Configuration
-    ) -> dict[str, list[list[float]]]:
-        rounds, failed = turns(ready, self.options)
-        for name, why in failed.items():
-            self.rows[name, configuration] |= why
-        return rounds
 
     # ---- rows ----
 

@@ -65,10 +65,8 @@ class _Recorder:
         self._waits: dict[int, set[int]] = {MAIN: set(), BRANCH: set()}
 
     def __call__(self, kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> bool:
-        waits = self._waits[self.stream] | {
-            self._last[s] for s in (self.stream,) if s in self._last
-        }
-        self._waits[self.stream] = set()
+        self.wait(self.stream, self.stream)
+        waits, self._waits[self.stream] = self._waits[self.stream], set()
         self._last[self.stream] = len(self.found)
         constants = {name: options[name] for name in kernel.arg_names if name in options}
         values = dict(zip(kernel.arg_names, args, strict=False)) | constants
