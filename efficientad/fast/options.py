@@ -151,7 +151,7 @@ def cpu_is_fastest_in_bfloat16() -> bool:
     AVX512-BF16 alone doubles the speed of a multiplication, and the compiled convolutions do with
     a quarter to a fifth of them in float32: on a Zen 4 float32 was measured at 0.55 of the time of
     bfloat16, and it is the more accurate. With AMX bfloat16 takes less
-    (bench/results/cpu_amx.json).
+    (bench/results/predictor_cpu.json).
     """
     only_avx512 = cpu_has("_is_avx512_bf16_supported") and not cpu_has("_is_amx_tile_supported")
     return cpu_multiplies_bfloat16() and not (only_avx512 and compiled_conv.available())
