@@ -43,6 +43,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server, see `helpers_postgres`; skips where there can be none."""
+    from helpers_postgres import PostgresServer, missing
+
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest) -> str | None:
+    """Each kind of database for a store: None for SQLite, or the URL of a new schema."""
+    if request.param == "sqlite":
+        return None
+    return request.getfixturevalue("postgres").schema()
+
+
+@pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--device")
 

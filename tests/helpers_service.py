@@ -21,7 +21,7 @@ from efficientad.service.core import Inspection, Model, Sink
 from efficientad.service.limits import Limits
 from efficientad.service.server import Server, Source, app_config, create_app
 from efficientad.service.server import bound_socket as bound
-from efficientad.service.store import Store
+from efficientad.verdicts.store import Store
 
 DEFECT = (255, 0, 0)  # marks a cell as anomalous
 POISON = (1, 2, 3)  # a frame that begins with it cannot be computed

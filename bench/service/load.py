@@ -38,7 +38,8 @@ from bench.predictor.soak import StubPredictor, judged_detector
 from efficientad.fast.predictor import FastPredictor
 from efficientad.model.agreement import BOUNDS
 from efficientad.model.synthetic import frames
-from efficientad.service.store import PICTURES, Store
+from efficientad.verdicts.database import PICTURES
+from efficientad.verdicts.store import Store
 
 KINDS = 32  # different pictures
 BLOCK = 20  # calls in a row, of the service and of the bare predictor in turn

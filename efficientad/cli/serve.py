@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 KEY = "EFFICIENTAD_API_KEY"  # environment variable
 HOST, PORT = "127.0.0.1", 8000  # unless said otherwise
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+POSTGRES = ("psycopg", "psycopg_pool")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -47,6 +48,12 @@ def add_service(command: argparse.ArgumentParser) -> None:
     command.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: a free one")
     command.add_argument(
         "--store", type=Path, default=Path("verdicts"), help="folder of the verdicts"
+    )
+    command.add_argument(
+        "--database",
+        metavar="URL",
+        help="keep the verdicts in PostgreSQL, and only pictures in the folder: postgresql://"
+        "user@host/name, with the password in ~/.pgpass or PGPASSWORD",
     )
     command.add_argument("--key-file", type=Path, metavar="FILE", help="file with the API key")
     command.add_argument(
@@ -116,6 +123,8 @@ def run_serve(options: argparse.Namespace) -> int:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """How the options of `add_service` let a service run. UsageError, ValueError: a wrong one."""
+    if options.database is not None:
+        require_packages("postgres", POSTGRES)
     from efficientad.service.limits import Limits
     from efficientad.service.server import Settings
 
@@ -139,6 +148,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         wait_ms=options.wait_ms,
         min_area=options.min_area,
         durable=not options.no_fsync,
+        database=options.database,
         keep_days=options.keep_days,
         keep_gb=options.keep_gb,
     )

@@ -24,7 +24,7 @@ from efficientad.service.inference_protocol import add_inference_protocol
 from efficientad.service.limits import Refused
 from efficientad.service.metrics import CONTENT_TYPE
 from efficientad.service.page import add_page
-from efficientad.service.store import StoreError
+from efficientad.verdicts.database import StoreError
 
 EXTRAS = ("map", "overlay")
 OVERLAY_SIDE = 1024  # pixels at most
@@ -159,7 +159,10 @@ def _add_errors(app: FastAPI, inspection: Inspection) -> None:
     @app.exception_handler(StoreError)
     async def not_stored(request: Request, error: StoreError) -> JSONResponse:
         _log.error("%s", error)
-        return answer(503, "the verdict cannot be stored, so it is not given", {"Retry-After": "5"})
+        what = "the verdict cannot be stored, so it is not given"
+        if request.method == "GET":
+            what = "the stored verdicts cannot be read just now"
+        return answer(503, what, {"Retry-After": "5"})
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:

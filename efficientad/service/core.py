@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,8 +19,9 @@ from efficientad.service.decoder import Decoder, Picture, decode
 from efficientad.service.events import Hub
 from efficientad.service.limits import Budget, Limits, Refused, Share, busy
 from efficientad.service.metrics import Metrics
-from efficientad.service.store import Record, Store, Transaction
 from efficientad.utils.checks import ValueRange, check_number
+from efficientad.verdicts.queries import as_text
+from efficientad.verdicts.store import Record, Store, Transaction
 
 MAP_SIDE = 64  # cells of the maps that are kept, about
 
@@ -291,8 +291,3 @@ def answer_of(number: int, record: Record) -> dict[str, Any]:
 def word_of(is_anomalous: bool | None) -> str:
     """A verdict in a word."""
     return "none" if is_anomalous is None else "anomalous" if is_anomalous else "normal"
-
-
-def as_text(seconds: float) -> str:
-    """Seconds since 1970 as ISO 8601 in UTC, to the millisecond."""
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")

@@ -21,13 +21,13 @@ from fastapi.responses import Response, StreamingResponse
 from efficientad import __version__
 from efficientad.data.decoding import ImageError, read_image
 from efficientad.results.overlay import colorize, map_scale
-from efficientad.service import queries
 from efficientad.service.bodies import body_of_json, read_body
-from efficientad.service.core import Inspection, Served, as_text
+from efficientad.service.core import Inspection, Served
 from efficientad.service.decoder import Decoder
 from efficientad.service.limits import Refused, busy
-from efficientad.service.store import REVIEWS
 from efficientad.utils.checks import is_number
+from efficientad.verdicts import queries
+from efficientad.verdicts.database import REVIEWS
 
 T = TypeVar("T")
 
@@ -149,7 +149,9 @@ def _seconds(name: str, text: str | None) -> float | None:
         when = datetime.fromisoformat(text.replace("Z", "+00:00"))
         return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, OverflowError) as error:
-        raise Refused(400, f"{name} is {text[:40]!r}; it must be a time as {as_text(0)}") from error
+        raise Refused(
+            400, f"{name} is {text[:40]!r}; it must be a time as {queries.as_text(0)}"
+        ) from error
 
 
 async def _json(inspection: Inspection, request: Request) -> dict[str, Any]:

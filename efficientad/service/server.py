@@ -20,9 +20,9 @@ from efficientad.service.app import create_app
 from efficientad.service.core import Inspection, Model, ServedPredictor, Sink
 from efficientad.service.guard import Guard, check_key, is_loopback
 from efficientad.service.limits import Limits
-from efficientad.service.retention import Retention, check_limits
-from efficientad.service.store import Store
 from efficientad.utils.checks import check_number
+from efficientad.verdicts.retention import Retention, check_limits
+from efficientad.verdicts.store import Store
 
 HEADER_SECONDS = 10.0  # in which a request's head must have come
 SECONDS_BETWEEN_RETENTIONS = 60.0
@@ -37,10 +37,11 @@ class Settings:
     """How a service runs.
 
     Attributes:
-        store: folder of the verdicts. host, port: where it listens; port 0 takes a free one.
+        store: folder of the verdicts. database: see `Store`. host, port: where it listens; port 0
+            takes a free one.
         key: the API key, or None. hosts: see `guard.Guard`.
-        limits, wait_ms, min_area: see `core.Inspection`. durable: see `store.Store`.
-        keep_days, keep_gb: see `retention.Retention`.
+        limits, wait_ms, min_area: see `core.Inspection`. durable: see `Store`.
+        keep_days, keep_gb: see `Retention`.
 
     Raises:
         ValueError: a host that others can reach, and no key; a key that `guard.check_key` refuses;
@@ -56,6 +57,7 @@ class Settings:
     wait_ms: float = 2.0
     min_area: float = 0.0
     durable: bool = True
+    database: str | None = None
     keep_days: float | None = None
     keep_gb: float | None = None
 
@@ -86,7 +88,7 @@ def run(
         StoreError: the store cannot be opened. OSError: the address cannot be bound. What the
         source raises, after what was at work is stored.
     """
-    store = Store(settings.store, durable=settings.durable)
+    store = Store(settings.store, durable=settings.durable, database=settings.database)
     try:
         retention = Retention(store, settings.keep_days, settings.keep_gb)
         sock = bound_socket(settings.host, settings.port)

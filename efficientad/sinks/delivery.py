@@ -11,8 +11,8 @@ import time
 from typing import Protocol
 
 from efficientad.service.metrics import Metrics
-from efficientad.service.store import Store
 from efficientad.sinks.outbox import Event, Outbox
+from efficientad.verdicts.store import Store
 
 AT_ONCE = 100  # verdicts that are read together
 LOOK_SECONDS = 2.0  # where nobody says that there is a new one

@@ -7,12 +7,12 @@ import secrets
 from dataclasses import dataclass
 
 from efficientad.service.core import word_of
-from efficientad.service.queries import row_of
-from efficientad.service.store import Store, Transaction
+from efficientad.verdicts.queries import row_of
+from efficientad.verdicts.store import Store, Transaction
 
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS origin (id TEXT NOT NULL)",  # one row: tells stores apart
-    "CREATE TABLE IF NOT EXISTS deliveries (sink TEXT PRIMARY KEY, verdict INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS deliveries (sink TEXT PRIMARY KEY, verdict BIGINT NOT NULL)",
 )
 _KEYS = (
     "id", "time", "model", "name", "score", "is_anomalous", "threshold", "source_size", "boxes",
@@ -56,10 +56,9 @@ class Outbox:
             step.db.execute(statement)
         if step.db.execute("SELECT count(*) FROM origin").fetchone() == (0,):
             step.db.execute("INSERT INTO origin VALUES (?)", (secrets.token_hex(8),))
-        # Not the largest number that is there: the newest verdicts may be deleted.
-        newest = "SELECT seq FROM sqlite_sequence WHERE name = 'verdicts'"
-        (last,) = step.db.execute(newest).fetchone() or (0,)
-        step.db.execute("INSERT OR IGNORE INTO deliveries VALUES (?, ?)", (self._sink, last))
+        last = step.db.newest()
+        new = "INSERT INTO deliveries VALUES (?, ?) ON CONFLICT DO NOTHING"
+        step.db.execute(new, (self._sink, last))
         place = "SELECT verdict FROM deliveries WHERE sink = ?"
         (start,) = step.db.execute(place, (self._sink,)).fetchone()
         (origin,) = step.db.execute("SELECT id FROM origin").fetchone()

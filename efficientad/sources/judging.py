@@ -10,8 +10,8 @@ from typing import Any
 from efficientad.service.core import Inspection, Served
 from efficientad.service.decoder import Picture
 from efficientad.service.limits import Refused, Share
-from efficientad.service.store import Transaction
 from efficientad.utils.files import plain_text
+from efficientad.verdicts.store import Transaction
 
 Kept = Callable[[Transaction, int], object]
 

@@ -6,16 +6,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from efficientad.service.store import Store, Transaction
 from efficientad.utils.files import plain_text
+from efficientad.verdicts.store import Store, Transaction
 
 Stamp = tuple[int, int]  # bytes, time of the last change in ns
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS watched_files (
     model TEXT NOT NULL, path TEXT NOT NULL,
-    bytes INTEGER NOT NULL, modified INTEGER NOT NULL,  -- ns since 1970
-    verdict INTEGER,            -- NULL: it cannot be read
+    bytes BIGINT NOT NULL, modified BIGINT NOT NULL,  -- ns since 1970
+    verdict BIGINT,             -- NULL: it cannot be read
     reason TEXT,
     PRIMARY KEY (model, path)
 )
@@ -71,7 +71,9 @@ class SeenFiles:
     ) -> None:
         text = _text(path)
         step.db.execute(
-            "INSERT OR REPLACE INTO watched_files VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO watched_files VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (model, path) "
+            "DO UPDATE SET bytes = excluded.bytes, modified = excluded.modified, "
+            "verdict = excluded.verdict, reason = excluded.reason",
             (self._model, text, *stamp, verdict, reason),
         )
         step.on_commit.append(lambda: self._stamps.__setitem__(text, stamp))

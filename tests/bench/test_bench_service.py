@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the service needs the extra efficientad[serve]")
 
 from bench.service.load import Run, check, load
-from efficientad.service.store import Record, Store
+from efficientad.verdicts.store import Record, Store
 
 FILES = [b"first", b"second"]
 

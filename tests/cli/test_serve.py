@@ -68,6 +68,28 @@ def test_the_same_file_gets_the_same_score_as_from_predict(start, model, tmp_pat
     assert process.wait(60) == 0
 
 
+@pytest.mark.slow
+def test_a_killed_service_has_its_verdicts_in_postgresql(start, postgres, tmp_path):
+    url = postgres.schema()
+    process, address = start("--database", url)
+    picture, _ = draw_part(np.random.default_rng(0), "scratch")
+    picture.save(tmp_path / "part.png")
+    data = (tmp_path / "part.png").read_bytes()
+    answers = [post(f"{address}/predict/plate", data) for _ in range(3)]
+    process.kill()
+    process.wait()
+    process, address = start("--database", url)
+    with urllib.request.urlopen(f"{address}/api/verdicts", timeout=60) as answer:
+        kept = json.load(answer)["verdicts"]
+    assert [row["score"] for row in kept] == [one["score"] for one in answers]
+    with urllib.request.urlopen(f"{address}/api/verdicts/2/picture", timeout=60) as answer:
+        assert answer.read() == data
+    assert post(f"{address}/predict/plate", data)["id"] == 4
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert not (tmp_path / "store" / "verdicts.sqlite3").exists()
+
+
 def usage(capsys, *words: str) -> str:
     assert command_line.main(["serve", *words]) == 2
     return capsys.readouterr().err

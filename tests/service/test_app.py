@@ -22,7 +22,7 @@ from helpers_service import POISON, THRESHOLD, Running, StubPredictor, part, ser
 
 from efficientad.service.limits import Limits
 from efficientad.service.server import bound_socket
-from efficientad.service.store import StoreError
+from efficientad.verdicts.database import StoreError
 
 KEY = "a key of the tests, long enough"
 

@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("fastapi", reason="the service needs the extra efficientad[serve]")
 
 from efficientad.service.metrics import Metrics
-from efficientad.service.retention import DAY, Retention
-from efficientad.service.store import Record, Store
 from efficientad.sinks import delivery
 from efficientad.sinks.delivery import Delivery, NotTaken, pause
 from efficientad.sinks.outbox import Outbox
+from efficientad.verdicts.retention import DAY, Retention
+from efficientad.verdicts.store import Record, Store
 
 BOXES = [{"box": [1, 2, 3, 4], "area": 4, "score": 0.7}]
 
@@ -57,8 +57,8 @@ class Recorder:
 
 
 @pytest.fixture
-def store(tmp_path):
-    with Store(tmp_path, durable=False) as opened:
+def store(tmp_path, database):
+    with Store(tmp_path, durable=False, database=database) as opened:
         yield opened
 
 

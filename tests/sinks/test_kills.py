@@ -22,7 +22,7 @@ pytest.importorskip("httpx", reason="a webhook needs the extra efficientad[webho
 from helpers_receiver import WebhookReceiver
 from helpers_service import commands, part
 
-from efficientad.service.store import Store
+from efficientad.verdicts.store import Store
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parent.parent

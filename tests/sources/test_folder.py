@@ -18,10 +18,10 @@ from helpers_service import StubPredictor, part, service
 
 from efficientad.cli.main import main
 from efficientad.service.limits import Limits
-from efficientad.service.store import Record, Store
 from efficientad.sources import folder as module
 from efficientad.sources.folder import WatchedFolder
 from efficientad.sources.seen_files import SeenFiles, stamp_of
+from efficientad.verdicts.store import Record, Store
 
 GOOD, BAD = (encoded(Image.fromarray(part(defect))) for defect in (0.2, 0.8))
 SETTLE = 0.1
@@ -129,8 +129,8 @@ def test_a_full_queue_loses_no_picture(folder):
         assert sorted(name for name, _ in until(running, 6)) == [f"{n}.png" for n in range(6)]
 
 
-def test_a_verdict_and_its_note_stand_or_fall_together(tmp_path):
-    with Store(tmp_path / "store", durable=False) as store:
+def test_a_verdict_and_its_note_stand_or_fall_together(tmp_path, database):
+    with Store(tmp_path / "store", durable=False, database=database) as store:
         seen = SeenFiles(store, "stub")
         put(tmp_path / "a.png", GOOD)
         stamp = stamp_of(tmp_path / "a.png")
@@ -151,6 +151,11 @@ def test_a_verdict_and_its_note_stand_or_fall_together(tmp_path):
         assert seen.knows(tmp_path / "a.png", stamp)
         assert SeenFiles(store, "stub").knows(tmp_path / "a.png", stamp)
         assert not SeenFiles(store, "other").knows(tmp_path / "a.png", stamp)
+        changed = (stamp[0] + 2**33, stamp[1] + 1)
+        store.add(record, seen.noting(tmp_path / "a.png", changed)).result()
+        assert SeenFiles(store, "stub").knows(tmp_path / "a.png", changed)
+        seen.failed(tmp_path / "a.png", stamp, "it cannot be read")
+        assert SeenFiles(store, "stub").knows(tmp_path / "a.png", stamp)
 
 
 def test_lost_events_are_made_up_for_by_looking_through_the_folder(folder, monkeypatch):

@@ -1,69 +1,38 @@
-"""Where verdicts are kept: an SQLite database in WAL mode and the picture files beside it.
+"""Where verdicts are kept: a database, and the picture files beside it.
 
-A folder holds `verdicts.sqlite3` and `pictures/THOUSANDS/ID.SUFFIX`. One thread writes; whatever
-waits for it goes into one transaction, whose files are brought to the disk together. A picture's
-file is written inside the transaction of its row, so a process that is killed leaves at most files
-without a row, which the next start removes.
+A folder holds `pictures/THOUSANDS/ID.SUFFIX` and, unless the rows are in PostgreSQL,
+`verdicts.sqlite3`. One thread writes; whatever waits for it goes into one transaction, whose files
+are brought to the disk together. A picture's file is written inside the transaction of its row, so
+a process that is killed leaves at most files without a row, which the next start removes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from efficientad.utils.files import DiskSync
+from efficientad.verdicts.database import PICTURES, TOKEN, Connection, Database, StoreError
+from efficientad.verdicts.sqlite import Sqlite
 
 T = TypeVar("T")
 
-VERSION = 1
-APPLICATION = 0x45414456  # "EADV", in the database's header
 MOST_AT_ONCE = 256  # jobs in one transaction
-DATABASE, LOCK, PICTURES = "verdicts.sqlite3", "lock.sqlite3", "pictures"
-REVIEWS = ("good", "bad", "unsure")
+DATABASE, LOCK = "verdicts.sqlite3", "lock.sqlite3"
 _FOLDER, _FILE = re.compile(r"\d+"), re.compile(r"(\d+)\.[a-z0-9]+")
-_SCHEMA = """
-CREATE TABLE verdicts (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    time REAL NOT NULL,         -- seconds since 1970, UTC
-    model TEXT NOT NULL,        -- name under which the detector is served
-    digest TEXT NOT NULL,       -- SHA-256 of its file: the scores of another mean something else
-    name TEXT,                  -- what the sender called the picture
-    score REAL,                 -- NULL: not a number
-    threshold REAL,             -- by which it was judged; NULL: not judged
-    is_anomalous INTEGER,
-    height INTEGER NOT NULL, width INTEGER NOT NULL,
-    boxes TEXT NOT NULL,        -- JSON
-    suffix TEXT,                -- of the picture's file; NULL: there is none (any more)
-    bytes INTEGER NOT NULL,     -- of the picture's file and the map
-    review TEXT, reviewed REAL  -- good, bad or unsure, and when
-);
-CREATE INDEX verdicts_by_score ON verdicts (model, digest, score, review, is_anomalous);
-CREATE INDEX verdicts_by_time ON verdicts (time);
-CREATE TABLE maps (
-    id INTEGER PRIMARY KEY REFERENCES verdicts (id),
-    height INTEGER NOT NULL, width INTEGER NOT NULL,
-    map BLOB NOT NULL           -- float16, little-endian, row by row
-);
-CREATE TABLE thresholds (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    time REAL NOT NULL, model TEXT NOT NULL, digest TEXT NOT NULL, threshold REAL, reason TEXT
-);
-"""
-
-
-class StoreError(OSError):
-    """The store cannot be opened, or no longer be written."""
 
 
 @dataclass
@@ -97,7 +66,7 @@ class Record:
 class Transaction:
     """An open transaction: its connection, its new files, and what to do once it stands."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: Connection) -> None:
         self.db = db
         self.files: list[Path] = []  # removed if it fails
         self.on_commit: list[Callable[[], object]] = []
@@ -113,24 +82,32 @@ class Store:
         folder: made if it is missing.
         durable: also wait until everything is on the disk before an answer, so that a power cut
             loses no answered verdict either. Without it only the process may be killed.
+        database: URL of a PostgreSQL database for the rows, see `postgres.Postgres`; without one
+            they are in an SQLite file in the folder.
 
     Attributes:
         folder: the store's. removed, missing: files without a row that were removed at the start,
             and rows whose picture was gone.
 
     Raises:
-        StoreError: another process uses the folder, it cannot be written, or its database is of
-            another program or version.
+        StoreError: another process uses the folder or the database, one of them cannot be used,
+            they do not belong together, or the database is of another program or version.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, durable: bool = True) -> None:
+    def __init__(
+        self, folder: str | os.PathLike, *, durable: bool = True, database: str | None = None
+    ) -> None:
         self.folder = Path(folder)
         self._disk = DiskSync() if durable else None
         self._new_folder = True  # its name may not be on the disk yet
         try:
             (self.folder / PICTURES).mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            self._db = self._opened(durable)
+            try:
+                self._database = self._opened(durable, database)
+            except BaseException:
+                self._lock.close()
+                raise
         except (OSError, sqlite3.Error) as error:
             if isinstance(error, StoreError):
                 raise
@@ -176,16 +153,9 @@ class Store:
             self._jobs.put((job, future))
         return future
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> AbstractContextManager[Connection]:
         """A connection that reads what is committed, with rows by column name."""
-        path = (self.folder / DATABASE).absolute().as_uri()
-        db = sqlite3.connect(f"{path}?mode=ro", uri=True, timeout=30)
-        db.row_factory = sqlite3.Row
-        try:
-            yield db
-        finally:
-            db.close()
+        return self._database.reading()
 
     def picture_path(self, number: int, suffix: str) -> Path:
         """Where the picture of a row lies."""
@@ -199,7 +169,7 @@ class Store:
             self._closed = True
             self._jobs.put(None)
         self._thread.join()
-        self._db.close()
+        self._database.close()
         self._lock.close()
         if self._disk is not None:
             self._disk.close()
@@ -224,33 +194,27 @@ class Store:
             raise StoreError(f"the store {self.folder} is in use by another process") from None
         return lock
 
-    def _opened(self, durable: bool) -> sqlite3.Connection:
-        db = sqlite3.connect(self.folder / DATABASE, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            (application,) = db.execute("PRAGMA application_id").fetchone()
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if not tables:
-                db.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION}; "
-                    f"PRAGMA user_version = {VERSION}; COMMIT;"
-                )
-            elif (application, version) != (APPLICATION, VERSION):
+    def _opened(self, durable: bool, database: str | None) -> Database:
+        path = self.folder / DATABASE
+        if database is None:
+            if (self.folder / TOKEN).exists():
                 raise StoreError(
-                    f"{self.folder / DATABASE} is of another program or version ({version}); "
-                    "name another folder for the store"
+                    f"the verdicts of {self.folder} are in a PostgreSQL database; name it"
                 )
-        except BaseException:
-            db.close()
-            raise
-        return db
+            return Sqlite(path, durable)
+        from efficientad.verdicts.postgres import Postgres
+
+        if path.exists():
+            raise StoreError(
+                f"{path} holds the verdicts of this folder; name another folder for the database"
+            )
+        return Postgres(database, self.folder, durable)
 
     def _sweep(self) -> tuple[int, int]:
         """Remove files that no row names; note of rows whose file is gone that it is."""
         rows = "SELECT id, suffix FROM verdicts WHERE suffix IS NOT NULL"
-        named = {f"{number}.{suffix}": number for number, suffix in self._db.execute(rows)}
+        db = self._database.db
+        named = {f"{number}.{suffix}": number for number, suffix in db.execute(rows)}
         removed = 0
         for folder in (self.folder / PICTURES).iterdir():
             if not (_FOLDER.fullmatch(folder.name) and folder.is_dir()):
@@ -261,12 +225,12 @@ class Store:
                     if named.pop(name, None) is None:
                         (folder / name).unlink()
                         removed += 1
-        gone = [(number,) for number in named.values()]
-        if gone:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("UPDATE verdicts SET suffix = NULL, bytes = 0 WHERE id = ?", gone)
-            self._db.execute("COMMIT")
-        return removed, len(gone)
+        if named:
+            self._database.begin()
+            for number in named.values():
+                db.execute("UPDATE verdicts SET suffix = NULL, bytes = 0 WHERE id = ?", (number,))
+            self._database.commit()
+        return removed, len(named)
 
     # ---- the writer's thread -----------------------------------------------------------------
 
@@ -284,22 +248,22 @@ class Store:
 
     def _commit(self, jobs: list[tuple[Job, Future]]) -> None:
         """Run jobs in one transaction; their futures learn of it when it stands."""
-        whole = Transaction(self._db)
+        whole = Transaction(self._database.db)
         results: list[tuple[Future, Any]] = []
         try:
-            self._db.execute("BEGIN IMMEDIATE")
+            self._database.begin()
             for job, future in jobs:
                 done, result = self._run(job, future, whole)
                 if done:
                     results.append((future, result))
             self._sync(whole.files)
-            self._db.execute("COMMIT")
-        except Exception as error:  # a full disk: nothing of it stands, and nobody is answered
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            _remove(whole.files)
+            self._database.commit()
+        except Exception as error:  # a full disk, a lost connection: nobody is answered
+            undone = self._database.undo()
+            if undone:
+                _remove(whole.files)
             waiting = [(job, future) for job, future in jobs if not future.done()]
-            if len(jobs) > 1:  # it may be one of them alone
+            if undone and len(jobs) > 1:  # it may be one of them alone
                 for one in waiting:
                     self._commit([one])
                 return
@@ -315,33 +279,34 @@ class Store:
 
     def _run(self, job: Job, future: Future, whole: Transaction) -> tuple[bool, Any]:
         """Whether a job ended well, and its result; of one that did not, nothing is left."""
-        part = Transaction(self._db)
-        self._db.execute("SAVEPOINT job")
+        db = self._database.db
+        part = Transaction(db)
+        db.execute("SAVEPOINT job")
         try:
             result = job(part)
         except Exception as error:
             _remove(part.files)
-            self._db.execute("ROLLBACK TO job")
-            self._db.execute("RELEASE job")
+            db.execute("ROLLBACK TO job")
+            db.execute("RELEASE job")
             future.set_exception(error)
             return False, None
         whole.files += part.files
         whole.on_commit += part.on_commit
-        self._db.execute("RELEASE job")
+        db.execute("RELEASE job")
         return True, result
 
     def _insert(self, transaction: Transaction, record: Record) -> int:
         row = (
-            record.time, record.model, record.digest, record.name, record.score, record.threshold,
+            record.time, record.model, record.digest, record.name,
+            None if math.isnan(record.score) else record.score, record.threshold,
             record.is_anomalous, *record.size, json.dumps(record.boxes), record.suffix,
             len(record.picture) + len(record.map_values),
         )  # fmt: skip
-        number = transaction.db.execute(
+        number = transaction.db.insert(
             "INSERT INTO verdicts (time, model, digest, name, score, threshold, is_anomalous, "
             "height, width, boxes, suffix, bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row,
-        ).lastrowid
-        assert number is not None
+        )
         if record.map_size is not None:
             transaction.db.execute(
                 "INSERT INTO maps VALUES (?, ?, ?, ?)",

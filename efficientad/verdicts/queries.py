@@ -11,17 +11,16 @@ import dataclasses
 import itertools
 import json
 import math
-import sqlite3
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 
 from efficientad.evaluation.drift import FEWEST, find_drift
 from efficientad.model.calibration import threshold_from_scores
-from efficientad.service.core import as_text
-from efficientad.service.store import REVIEWS
 from efficientad.utils.proportions import upper_bound
+from efficientad.verdicts.database import REVIEWS, Connection
 
 VERDICTS = {
     "anomalous": "is_anomalous = 1",
@@ -33,11 +32,15 @@ LEAST_PARTS = 20  # from which a threshold is proposed
 MOST_STRETCHES, LEAST_STRETCH = 60, 10  # of a course, and parts in one
 BAND = (0.05, 0.95)  # quantiles of the calibration's scores
 
-
 Detector = tuple[str, str]  # name and digest
 
 
-def row_of(row: sqlite3.Row) -> dict[str, Any]:
+def as_text(seconds: float) -> str:
+    """Seconds since 1970 as ISO 8601 in UTC, to the millisecond."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def row_of(row: Any) -> dict[str, Any]:
     """A row of `verdicts` as JSON takes it."""
     verdict, score = row["is_anomalous"], row["score"]
     return {
@@ -56,7 +59,7 @@ def row_of(row: sqlite3.Row) -> dict[str, Any]:
 
 
 def history(
-    db: sqlite3.Connection,
+    db: Connection,
     *,
     model: str | None = None,
     verdict: str | None = None,
@@ -86,19 +89,20 @@ def history(
     return [row_of(row) for row in rows]
 
 
-def counts(db: sqlite3.Connection, detector: Detector) -> dict[str, int]:
+def counts(db: Connection, detector: Detector) -> dict[str, int]:
     """Parts of a detector: in all, anomalous, rejects that nobody has reviewed, and reviews."""
     row = db.execute(
-        "SELECT count(*), sum(is_anomalous = 1), sum(is_anomalous = 1 AND review IS NULL), "
-        "sum(review = 'good'), sum(review = 'bad'), sum(review = 'unsure') "
-        "FROM verdicts WHERE model = ? AND digest = ?",
+        "SELECT count(*), count(*) FILTER (WHERE is_anomalous = 1), "
+        "count(*) FILTER (WHERE is_anomalous = 1 AND review IS NULL), "
+        "count(*) FILTER (WHERE review = 'good'), count(*) FILTER (WHERE review = 'bad'), "
+        "count(*) FILTER (WHERE review = 'unsure') FROM verdicts WHERE model = ? AND digest = ?",
         detector,
     ).fetchone()
     names = ("parts", "anomalous", "open", "good", "bad", "unsure")
-    return {name: value or 0 for name, value in zip(names, row, strict=True)}
+    return dict(zip(names, row, strict=True))
 
 
-def what_if(db: sqlite3.Connection, detector: Detector, threshold: float) -> dict[str, int]:
+def what_if(db: Connection, detector: Detector, threshold: float) -> dict[str, int]:
     """What a threshold would have done to the parts that are stored.
 
     Returns:
@@ -106,22 +110,22 @@ def what_if(db: sqlite3.Connection, detector: Detector, threshold: float) -> dic
         passed_bad: confirmed bad, and would have passed.
     """
     row = db.execute(
-        "SELECT count(*), sum(above), sum(above AND review = 'good'), "
-        "sum(above AND review = 'bad'), sum(above AND review = 'unsure'), "
-        "sum(NOT above AND review = 'bad') FROM "
+        "SELECT count(*), count(*) FILTER (WHERE above), "
+        "count(*) FILTER (WHERE above AND review = 'good'), "
+        "count(*) FILTER (WHERE above AND review = 'bad'), "
+        "count(*) FILTER (WHERE above AND review = 'unsure'), "
+        "count(*) FILTER (WHERE NOT above AND review = 'bad') FROM "
         "(SELECT score IS NULL OR score > ? AS above, review FROM verdicts "
-        "WHERE model = ? AND digest = ?)",
+        "WHERE model = ? AND digest = ?) AS judged",
         (threshold, *detector),
     ).fetchone()
     names = (
         "parts", "rejected", "rejected_good", "rejected_bad", "rejected_unsure", "passed_bad"
     )  # fmt: skip
-    return {name: value or 0 for name, value in zip(names, row, strict=True)}
+    return dict(zip(names, row, strict=True))
 
 
-def histogram(
-    db: sqlite3.Connection, detector: Detector, threshold: float | None, bins: int = 60
-) -> dict:
+def histogram(db: Connection, detector: Detector, threshold: float | None, bins: int = 60) -> dict:
     """Counts of scores in bins of equal width, by review, from the lowest to the 99.5th percentile.
 
     The last bin also holds what lies above; where there is a threshold the range reaches half as
@@ -150,18 +154,19 @@ def histogram(
     if not high > low:
         low, high = low - 0.1, high + 0.1
     found = {word: [0] * bins for word in (*REVIEWS, "open")}
+    place = db.whole.format("(score - ?) * ?")
     rows = db.execute(
-        "SELECT min(CAST((score - ?) * ? AS INTEGER), ?), coalesce(review, 'open'), count(*) "
+        f"SELECT CASE WHEN score < ? THEN {place} ELSE ? END, coalesce(review, 'open'), count(*) "
         f"{where} GROUP BY 1, 2",
-        (low, bins / (high - low), bins - 1, *detector),
+        (high, low, bins / (high - low), bins - 1, *detector),
     )
-    for place, review, count in rows:
-        found[review][place] += count
+    for bin_, review, count in rows:
+        found[review][min(bin_, bins - 1)] += count
     return {"low": low, "high": high, "counts": found, "not_a_number": missing}
 
 
 def course(
-    db: sqlite3.Connection,
+    db: Connection,
     detector: Detector,
     threshold: float | None,
     calibration: Sequence[float],
@@ -180,10 +185,10 @@ def course(
         the fields of `Drift`, `since` as number and time of a part, or None; reason: a sentence
         where there is no drift to speak of.
     """
-    # The + keeps SQLite from an index that it would have to sort.
+    # What is appended keeps a database from an index that it would have to sort.
     rows = db.execute(
-        "SELECT id, time, score, is_anomalous FROM verdicts WHERE +model = ? AND +digest = ? "
-        "ORDER BY id DESC LIMIT ?",
+        "SELECT id, time, score, is_anomalous FROM verdicts "
+        "WHERE model || '' = ? AND digest || '' = ? ORDER BY id DESC LIMIT ?",
         (*detector, parts),
     ).fetchall()[::-1]
     scores = np.array([math.nan if row["score"] is None else row["score"] for row in rows])
@@ -220,7 +225,7 @@ def course(
     }  # fmt: skip
 
 
-def _stretch(rows: list[sqlite3.Row], scores: np.ndarray) -> dict[str, Any]:
+def _stretch(rows: list[Any], scores: np.ndarray) -> dict[str, Any]:
     """A row of `course`."""
     finite = scores[np.isfinite(scores)]
     median, high = np.quantile(finite, (0.5, 0.95)).tolist() if len(finite) else (None, None)
@@ -236,7 +241,7 @@ class TooFew(ValueError):
     """There are too few parts for a threshold."""
 
 
-def proposed_threshold(db: sqlite3.Connection, detector: Detector, rate: float) -> dict[str, Any]:
+def proposed_threshold(db: Connection, detector: Detector, rate: float) -> dict[str, Any]:
     """The threshold that at most a share `rate` of good parts would exceed.
 
     Good are parts that were reviewed as good, and parts that passed and were reviewed as nothing
@@ -278,7 +283,7 @@ def proposed_threshold(db: sqlite3.Connection, detector: Detector, rate: float) 
     }
 
 
-def set_review(db: sqlite3.Connection, number: int, review: str | None, now: float) -> bool:
+def set_review(db: Connection, number: int, review: str | None, now: float) -> bool:
     """Note what somebody says of a part, None takes it back; whether there is such a part."""
     changed = db.execute(
         "UPDATE verdicts SET review = ?, reviewed = ? WHERE id = ?",
@@ -287,7 +292,7 @@ def set_review(db: sqlite3.Connection, number: int, review: str | None, now: flo
     return changed.rowcount == 1
 
 
-def reviewed_good(db: sqlite3.Connection, model: str) -> list[tuple[int, str]]:
+def reviewed_good(db: Connection, model: str) -> list[tuple[int, str]]:
     """(number, suffix) of the pictures that were reviewed as good under a model's name."""
     rows = db.execute(
         "SELECT id, suffix FROM verdicts WHERE model = ? AND review = 'good' "

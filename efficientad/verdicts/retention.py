@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from concurrent.futures import Future
+from typing import Any
 
-from efficientad.service.store import Store, Transaction
 from efficientad.utils.checks import check_number
+from efficientad.verdicts.store import Store, Transaction
 
 AT_ONCE = 500  # rows in one transaction, so that verdicts do not wait long for their turn
 DAY, GIGABYTE = 86_400.0, 1e9
@@ -49,14 +49,16 @@ class Retention:
 
     def _step(self, transaction: Transaction, before: float) -> int:
         db = transaction.db
-        rows: list[sqlite3.Row] = []
+        rows: list[Any] = []
         columns = "SELECT id, suffix, bytes FROM verdicts"
         if self.days is not None:
             rows = db.execute(
                 f"{columns} WHERE time < ? ORDER BY time LIMIT ?", (before, AT_ONCE)
             ).fetchall()
         if not rows and self.gigabytes is not None:
-            (held,) = db.execute("SELECT coalesce(sum(bytes), 0) FROM verdicts").fetchone()
+            (held,) = db.execute(
+                "SELECT CAST(coalesce(sum(bytes), 0) AS BIGINT) FROM verdicts"
+            ).fetchone()
             over = held - self.gigabytes * GIGABYTE
             if over > 0:
                 oldest = f"{columns} ORDER BY review IS NOT NULL, id LIMIT ?"

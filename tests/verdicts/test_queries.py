@@ -13,8 +13,8 @@ from scipy import stats
 pytest.importorskip("fastapi", reason="the service needs the extra efficientad[serve]")
 
 from efficientad.evaluation.drift import find_drift
-from efficientad.service import queries
-from efficientad.service.store import Record, Store
+from efficientad.verdicts import queries
+from efficientad.verdicts.store import Record, Store
 
 NAN = float("nan")
 SCREW = ("screw", "d")
@@ -35,8 +35,8 @@ def fill(store: Store, *parts: tuple[float, str | None], threshold=0.5, **change
 
 
 @pytest.fixture
-def store(tmp_path):
-    with Store(tmp_path, durable=False) as opened:
+def store(tmp_path, database):
+    with Store(tmp_path, durable=False, database=database) as opened:
         yield opened
 
 
@@ -185,7 +185,7 @@ def went(store: Store, scores, threshold: float | None = 0.5, **changes) -> None
         "INSERT INTO verdicts (time, model, digest, score, is_anomalous, height, width, boxes, "
         "bytes) VALUES (?, ?, ?, ?, ?, 1, 1, '[]', 0)"
     )
-    store.submit(lambda step: step.db.executemany(statement, rows)).result()
+    store.submit(lambda step: [step.db.execute(statement, row) for row in rows]).result()
 
 
 def course(store: Store, threshold=0.5, calibration=(), parts=10_000) -> dict:

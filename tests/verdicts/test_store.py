@@ -14,8 +14,9 @@ from concurrent.futures import wait
 import numpy as np
 import pytest
 
-from efficientad.service.retention import DAY, GIGABYTE, Retention
-from efficientad.service.store import DATABASE, PICTURES, Record, Store, StoreError, Transaction
+from efficientad.verdicts.database import PICTURES, StoreError
+from efficientad.verdicts.retention import DAY, GIGABYTE, Retention
+from efficientad.verdicts.store import DATABASE, Record, Store, Transaction
 
 
 def record(score: float = 0.2, picture: bytes = b"picture", **changes) -> Record:
@@ -43,8 +44,8 @@ def files(folder) -> set[str]:
 
 
 @pytest.fixture
-def store(tmp_path):
-    with Store(tmp_path / "store", durable=False) as opened:
+def store(tmp_path, database):
+    with Store(tmp_path / "store", durable=False, database=database) as opened:
         yield opened
 
 
@@ -112,39 +113,37 @@ def test_a_record_that_fails_fails_alone(store):
     assert files(store.folder) == {f"{n}.png" for n in stored}
 
 
-def test_a_transaction_that_fails_leaves_no_file_and_answers_nobody(store):
-    store._db.execute("PRAGMA query_only = 1")  # as a full disk: COMMIT and INSERT fail
+def test_a_transaction_that_fails_leaves_no_file_and_answers_nobody(store, database):
+    refuse = (
+        "PRAGMA query_only = {}" if database is None else "SET default_transaction_read_only = {}"
+    )
+    store._database.db.execute(refuse.format(1))  # as a full disk: COMMIT and INSERT fail
     lost = store.add(record())
-    with pytest.raises((StoreError, sqlite3.OperationalError)):
+    with pytest.raises(Exception, match=r"read.?only"):
         lost.result(10)
     assert files(store.folder) == set()
-    store._db.execute("PRAGMA query_only = 0")
+    store._database.db.execute(refuse.format(0))
     assert store.add(record()).result(10) == 1
 
 
 def test_a_commit_that_fails_takes_the_files_back(store, monkeypatch):
-    class NoCommit:
-        def __init__(self, db):
-            self.db = db
-
-        def execute(self, sql, *values):
-            if sql == "COMMIT":
-                raise sqlite3.OperationalError("database or disk is full")
-            return self.db.execute(sql, *values)
+    def refuse() -> None:
+        raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_db", NoCommit(store._db))
+        patch.setattr(store._database, "commit", refuse)
         lost = [store.add(record()), store.add(record())]
         for future in lost:
             with pytest.raises(StoreError, match="disk is full"):
                 future.result(10)
     assert files(store.folder) == set()
-    assert store.add(record()).result(10) == 1
+    number = store.add(record()).result(10)
+    assert [row["id"] for row in rows(store)] == [number]
 
 
 @pytest.fixture
-def durable(tmp_path):
-    with Store(tmp_path / "durable") as opened:
+def durable(tmp_path, database):
+    with Store(tmp_path / "durable", database=database) as opened:
         yield opened
 
 
@@ -203,23 +202,17 @@ def test_a_file_that_the_disk_refuses_fails_alone(durable, monkeypatch):
 
 
 def test_a_transaction_that_cannot_be_committed_is_tried_again_one_by_one(store, monkeypatch):
-    class FullFor:
-        """Its disk has no room for the second record."""
+    commit, db = store._database.commit, store._database.db
 
-        def __init__(self, db):
-            self.db = db
-
-        def execute(self, sql, *values):
-            if sql == "COMMIT":
-                (full,) = self.db.execute(
-                    "SELECT count(*) FROM verdicts WHERE name = 'no room'"
-                ).fetchone()
-                if full:
-                    raise sqlite3.OperationalError("database or disk is full")
-            return self.db.execute(sql, *values)
+    def commit_others() -> None:
+        """The disk has no room for the second record."""
+        (full,) = db.execute("SELECT count(*) FROM verdicts WHERE name = 'no room'").fetchone()
+        if full:
+            raise sqlite3.OperationalError("database or disk is full")
+        commit()
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_db", FullFor(store._db))
+        patch.setattr(store._database, "commit", commit_others)
         names = ["a", "no room", "b", "c"]
         first, lost, *rest = together(store, [record(name=name) for name in names])
         with pytest.raises(StoreError, match="disk is full"):
@@ -244,8 +237,8 @@ def test_a_cancelled_record_is_not_stored_and_stops_nobody(store):
     assert len(rows(store)) == 1
 
 
-def test_closing_stores_what_was_submitted(tmp_path):
-    with Store(tmp_path) as store:
+def test_closing_stores_what_was_submitted(tmp_path, database):
+    with Store(tmp_path, database=database) as store:
         futures = [store.add(record()) for _ in range(50)]
     assert [f.result(0) for f in futures] == list(range(1, 51))
     with pytest.raises(StoreError, match="is closed"):
@@ -278,8 +271,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         Store(tmp_path / "file" / "store")
 
 
-def test_the_start_removes_files_without_a_row_and_no_other_file(tmp_path):
-    with Store(tmp_path) as store:
+def test_the_start_removes_files_without_a_row_and_no_other_file(tmp_path, database):
+    with Store(tmp_path, database=database) as store:
         kept = [store.add(record()).result() for _ in range(3)]
     folder = tmp_path / PICTURES / "000000"
     (folder / "99.png").write_bytes(b"killed before its row stood")
@@ -289,7 +282,7 @@ def test_the_start_removes_files_without_a_row_and_no_other_file(tmp_path):
     (tmp_path / PICTURES / "mine").mkdir()
     (tmp_path / PICTURES / "mine" / "7.png").write_text("not ours")
     (folder / f"{kept[1]}.png").unlink()
-    with Store(tmp_path) as store:
+    with Store(tmp_path, database=database) as store:
         assert (store.removed, store.missing) == (2, 1)
         assert [row["suffix"] for row in rows(store)] == ["png", None, "png"]
     assert files(tmp_path) == {"1.png", "3.png", "notes.txt", "5000.png", "7.png"}
@@ -298,32 +291,33 @@ def test_the_start_removes_files_without_a_row_and_no_other_file(tmp_path):
 
 STOPS = """
 import os, signal, sys, threading
-from tests.service.test_store import record, together
-from efficientad.service.store import Store
-store = Store(sys.argv[1])
-execute = store._db.execute
-class Dies:
-    def execute(self, sql, *values):
-        last = sql == "COMMIT" and execute("SELECT count(*) FROM verdicts").fetchone()[0] == 8
-        if last and sys.argv[2] == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = execute(sql, *values)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-store._db = Dies()
+from tests.verdicts.test_store import record, together
+from efficientad.verdicts.store import Store
+store = Store(sys.argv[1], database=sys.argv[3] or None)
+base = store._database
+commit = base.commit
+def dies():
+    last = base.db.execute("SELECT count(*) FROM verdicts").fetchone()[0] == 8
+    if last and sys.argv[2] == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit()
+    if last:
+        os.kill(os.getpid(), signal.SIGKILL)
+base.commit = dies
 for future in together(store, [record(picture=b"%d" % i) for i in range(8)]):
     print(future.result(), flush=True)
 """
 
 
 @pytest.mark.parametrize(("when", "stored"), [("before", 0), ("after", 8)])
-def test_a_kill_around_the_commit_of_a_batch_keeps_all_of_it_or_nothing(tmp_path, when, stored):
-    words = [sys.executable, "-c", STOPS, str(tmp_path), when]
+def test_a_kill_around_the_commit_of_a_batch_keeps_all_of_it_or_nothing(
+    tmp_path, database, when, stored
+):
+    words = [sys.executable, "-c", STOPS, str(tmp_path), when, database or ""]
     killed = subprocess.run(words, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert killed.stdout == ""  # nobody was answered
-    with Store(tmp_path, durable=False) as store:
+    with Store(tmp_path, durable=False, database=database) as store:
         assert (store.removed, store.missing) == (8 - stored, 0)
         assert [row["id"] for row in rows(store)] == list(range(1, stored + 1))
         assert files(tmp_path) == {f"{n}.png" for n in range(1, stored + 1)}
@@ -334,9 +328,9 @@ def test_a_kill_around_the_commit_of_a_batch_keeps_all_of_it_or_nothing(tmp_path
 WRITER = """
 import sys
 from concurrent.futures import wait
-from tests.service.test_store import record
-from efficientad.service.store import Store
-with Store(sys.argv[1], durable=False) as store:
+from tests.verdicts.test_store import record
+from efficientad.verdicts.store import Store
+with Store(sys.argv[1], durable=False, database=sys.argv[2] or None) as store:
     while True:
         futures = [store.add(record(picture=b"x" * 3000)) for _ in range(16)]
         for future in futures:
@@ -344,12 +338,14 @@ with Store(sys.argv[1], durable=False) as store:
 """
 
 
-def test_a_killed_process_loses_no_answered_verdict(tmp_path):
+def test_a_killed_process_loses_no_answered_verdict(tmp_path, database):
     answered: set[int] = set()
     chance = random.Random(0)
     for _ in range(3):
         writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITER, str(tmp_path), database or ""],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(chance.randrange(20, 120)):
             answered.add(int(writer.stdout.readline()))
@@ -358,7 +354,7 @@ def test_a_killed_process_loses_no_answered_verdict(tmp_path):
         answered.update(map(int, rest))
         writer.wait()
         writer.stdout.close()
-        with Store(tmp_path, durable=False) as store:
+        with Store(tmp_path, durable=False, database=database) as store:
             stored = rows(store)
             assert answered <= {row["id"] for row in stored}
             assert store.missing == 0
@@ -395,7 +391,7 @@ def test_retention_by_size_spares_reviewed_parts_and_the_newest(store):
 
 
 def test_retention_of_more_than_one_transaction(store, monkeypatch):
-    monkeypatch.setattr("efficientad.service.retention.AT_ONCE", 4)
+    monkeypatch.setattr("efficientad.verdicts.retention.AT_ONCE", 4)
     for i in range(11):
         store.add(record(time=float(i)))
     assert Retention(store, 1, None).apply(10 + DAY) == 10
