@@ -5,8 +5,10 @@
 Two ways take turns in one process on the same pictures, first weights and teacher (random weights:
 the work is the same): the step as it is written, in plain eager torch (NCHW, autocast, the teacher
 computed for every picture, torch.quantile, unfused Adam), and the trainer's. The least time is what
-the machine needs for the plain step's arithmetic at the rate of a large matrix product, or for its
-traffic, what every operation reads and writes, at the rate of a large copy, both measured here.
+the machine needs for a step's convolutions, forward and backward, at the rate of a large matrix
+product. The product is measured here with one thread and with the step's, and the better rate
+counts: two threads that share a core may have less than one. Beside it stands the traffic, what
+the trainer's operations read and write if nothing stays in a cache, at the rate of a large copy.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import record
-from bench.kernels.ceilings import from_rows
+from bench.kernels.ceilings import Ceilings, from_rows
 from bench.kernels.ceilings import measure as measure_ceilings
 from efficientad.data.image_files import find_images
 from efficientad.demo.parts import write_dataset
@@ -151,6 +153,20 @@ def cost(step: Callable[[], object]) -> tuple[int, int]:
     return flop.get_total_flops(), traffic.nbytes
 
 
+def ceilings() -> Ceilings:
+    """The better of what one thread and all threads reach, for each product and the copy."""
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in sorted({1, threads}):
+            torch.set_num_threads(count)
+            found.append(from_rows(measure_ceilings("cpu")))
+    finally:
+        torch.set_num_threads(threads)
+    rates = {name: max(one.tflops[name] for one in found) for name in found[0].tflops}
+    return Ceilings(rates, max(one.gb_s for one in found))
+
+
 def measure(folder: Path, dtype: str, rounds: int, warm_up: int = 1) -> dict[str, Any]:
     """Seconds of a step by each way, taking turns, losses, and what bounds it."""
     write_dataset(folder, train=IMAGES, good=0, per_defect=0)
@@ -176,9 +192,10 @@ def measure(folder: Path, dtype: str, rounds: int, warm_up: int = 1) -> dict[str
     first = warm_up * STEPS
     median = {name: statistics.median(values[first:]) for name, values in seconds.items()}
     last = (warm_up + rounds) * STEPS
-    flop, nbytes = cost(lambda: plain(trainer.source(last), last))
-    ceilings = from_rows(measure_ceilings("cpu"))
-    floor, bound = ceilings.floor_us(flop, nbytes, dtype)
+    pictures = trainer.source(last)
+    flop = {"plain": cost(lambda: plain(pictures, last))[0]}
+    flop["trainer"], nbytes = cost(lambda: trainer.one_step(pictures))
+    machine = ceilings()
     return {
         "kind": "short step",
         "device": "cpu",
@@ -192,11 +209,13 @@ def measure(folder: Path, dtype: str, rounds: int, warm_up: int = 1) -> dict[str
         "page_faults_per_step": {
             name: statistics.median(values[first:]) for name, values in faults.items()
         },
-        "gflop": flop / 1e9,
+        "gflop": {name: count / 1e9 for name, count in flop.items()},
         "gbytes": nbytes / 1e9,
-        "ceilings": {"tflops": ceilings.tflops, "gb_s": ceilings.gb_s},
-        "least_seconds": floor / 1e6,
-        "bound": bound,
+        "ceilings": {"tflops": machine.tflops, "gb_s": machine.gb_s},
+        "least_seconds": {
+            "arithmetic": flop["plain"] / machine.tflops[dtype] / 1e12,
+            "traffic": nbytes / machine.gb_s / 1e9,
+        },
         "losses": losses,
     }
 

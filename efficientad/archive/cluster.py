@@ -89,8 +89,9 @@ def cluster(address: str | None, **options: Any) -> Iterator[dict[str, float]]:
     import ray
 
     if address is None:
-        # A number that Ray counts by, not cores that it takes: its own tasks do next to nothing.
-        options = {"num_cpus": max(2, _cores()) + OWN, "include_dashboard": False} | options
+        # A number that Ray counts by, not cores that it takes: its own tasks do next to nothing,
+        # and a process that decodes mostly waits for those that score.
+        options = {"num_cpus": max(2, _cores()) + OWN + 1, "include_dashboard": False} | options
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with _silence():

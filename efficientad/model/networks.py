@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficientad.ops.dropout import dropout
+
 TEACHER_CHANNELS = 384
 STUDENT_CHANNELS = 2 * TEACHER_CHANNELS
 MIN_IMAGE_SIZE = 256
@@ -202,7 +204,7 @@ class Decoder(nn.Module):
             x = F.interpolate(x, size=(rows[i - 1], cols[i - 1]), mode="bilinear")
             x = F.relu(getattr(self, f"deconv{i}")(x))
             if i < 7:
-                x = F.dropout(x, self.dropout, self.training)
+                x = dropout(x, self.dropout, self.training)
         return x
 
 

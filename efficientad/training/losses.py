@@ -9,6 +9,7 @@ Source: arXiv 2303.14535, section 3 and Algorithm 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,38 @@ def penalty_loss(student_on_photo: Tensor) -> Tensor:
 def mean_difference(target: Tensor, output: Tensor) -> Tensor:
     """L_AE (teacher, autoencoder) or L_STAE (autoencoder, student's second half); (N, C, h, w)."""
     return squared_difference(target, output).mean()
+
+
+def mean_of_differences(targets: Iterable[Tensor], output: Tensor) -> Tensor:
+    """`mean_difference` of images that come one by one; only `output` gets a gradient.
+
+    On a CPU each image is taken through to its gradient while it is in the cache: the tensors of
+    all of them in between are so large that every one would be new memory from the system.
+
+    Args:
+        targets: (1, C, h, w) each, without gradients. output: (N, C, h, w), of as many.
+    """
+    if output.device.type != "cpu":
+        return mean_difference(torch.cat(list(targets)), output)
+    return _MeanOfDifferences.apply(output, targets)
+
+
+class _MeanOfDifferences(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, targets: Iterable[Tensor]) -> Tensor:
+        gradient, means = torch.empty_like(output), []
+        for one, place, target in zip(output.split(1), gradient.split(1), targets, strict=True):
+            difference = one.to(torch.promote_types(one.dtype, torch.float32)) - target
+            means.append(difference.square().mean())
+            place.copy_(difference.mul_(2 / output.numel()))
+        ctx.save_for_backward(gradient)
+        return torch.stack(means).mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None
 
 
 def learning_rate(step: int, steps: int, base: float) -> float:

@@ -30,7 +30,7 @@ from efficientad.training.losses import (
     StepInputs,
     hard_loss,
     head,
-    mean_difference,
+    mean_of_differences,
     squared_difference,
     standardized,
     teacher_features,
@@ -156,11 +156,13 @@ class ShortTrainer(Trainer):
         inner = trunk(detector.student, detector.normalize(image))
         distances = squared_difference(target, head(detector.student, inner, FIRST))
         assert inputs.features is not None
-        unchanged = standardized(detector, inputs.features)
+        unchanged = (
+            of_cells(standardized(detector, one), self.cells) for one in inputs.features.split(1)
+        )
         found = detector.autoencoder(detector.normalize(inputs.augmented))
         return torch.stack(
             [
                 hard_loss(of_cells(distances, self.cells), self.settings.hard_quantile),
-                mean_difference(of_cells(unchanged, self.cells), of_cells(found, self.cells)),
+                mean_of_differences(unchanged, of_cells(found, self.cells)),
             ]
         )

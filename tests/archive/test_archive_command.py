@@ -160,6 +160,7 @@ def test_options_are_checked(options, message):
     ("has", "share"),
     [
         ((4, 0), (1, 1, 1, 0)),
+        ((5, 0), (1, 1, 2, 0)),  # what is started on two cores: the scoring has them both
         ((4, 0, 1, 1), (1, 1, 1, 0)),
         ((18, 0), (2, 4, 3, 0)),
         ((66, 0), (8, 14, 4, 0)),

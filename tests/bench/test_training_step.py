@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers_training import thin_detector, write_pictures
 
+from bench.training import step as module
 from bench.training.step import PlainStep, cost
 from efficientad.training.closed_form import solve_last_layers
 from efficientad.training.pictures import PictureSource, TrainingImages
@@ -22,6 +23,30 @@ def test_flop_and_bytes_of_what_is_computed():
         return (a.T.T @ b).view(4, 8).relu()
 
     assert cost(step) == (2 * 8 * 16 * 4, 4 * (8 * 16 + 16 * 4 + 8 * 4) + 4 * 2 * (8 * 4))
+
+
+def test_the_better_of_one_thread_and_all_is_what_the_machine_can_do(monkeypatch):
+    rates = {1: (1.0, 0.4, 9.0), 3: (0.6, 0.5, 12.0)}  # bfloat16, float32, copy by threads
+
+    def measured(device):
+        assert device == "cpu"
+        half, single, copied = rates[torch.get_num_threads()]
+        return [
+            {"kind": "ceiling", "dtype": "bfloat16", "tflops": half},
+            {"kind": "ceiling", "dtype": "float32", "tflops": single},
+            {"kind": "ceiling", "dtype": "float32", "gb_s": copied},
+        ]
+
+    monkeypatch.setattr(module, "measure_ceilings", measured)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = module.ceilings()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert found.tflops == {"bfloat16": 1.0, "float32": 0.5}
+    assert found.gb_s == 12.0
 
 
 def test_the_plain_step_has_the_trainers_losses(tmp_path):

@@ -37,6 +37,28 @@ def test_terms_equal_a_computation_by_hand_in_float64():
         assert found[name].item() == pytest.approx(value, rel=1e-6), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_differences_of_one_image_after_another_are_those_of_all(dtype):
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    targets = torch.randn(3, 384, 5, 7, dtype=wide)
+    output = torch.randn(3, 384, 5, 7).to(dtype).requires_grad_()
+    for factor in (1, 0.5):
+        found = factor * losses.mean_of_differences(iter(targets.split(1)), output)
+        expected = factor * losses.mean_difference(targets, output)
+        torch.testing.assert_close(found, expected, rtol=1e-6 if wide != dtype else 1e-5, atol=0)
+        gradients = [torch.autograd.grad(loss, output)[0] for loss in (found, expected)]
+        torch.testing.assert_close(*gradients)
+        assert gradients[0].dtype == dtype
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_as_many_targets_as_images_are_needed(count):
+    targets = torch.zeros(count, 4, 2, 2)
+    with pytest.raises(ValueError, match="zip"):
+        losses.mean_of_differences(targets.split(1), torch.zeros(3, 4, 2, 2))
+
+
 def test_1205_of_1204224_elements_are_selected():
     torch.manual_seed(0)
     distances = torch.randn(1, 384, 56, 56).square().requires_grad_()
