@@ -5,10 +5,10 @@
 Two ways take turns in one process on the same pictures, first weights and teacher (random weights:
 the work is the same): the step as it is written, in plain eager torch (NCHW, autocast, the teacher
 computed for every picture, torch.quantile, unfused Adam), and the trainer's. The least time is what
-the machine needs for a step's convolutions, forward and backward, at the rate of a large matrix
-product. The product is measured here with one thread and with the step's, and the better rate
-counts: two threads that share a core may have less than one. Beside it stands the traffic, what
-the trainer's operations read and write if nothing stays in a cache, at the rate of a large copy.
+the machine needs for the trainer's convolutions and products, forward and backward, at the rate of
+the student's largest convolution, or for what its operations read and write, if nothing stays in a
+cache, at the rate of a large copy. Both rates are measured here, with one thread and with the
+step's, and the better one counts: two threads that share a core may have less than one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import record
-from bench.kernels.ceilings import Ceilings, from_rows
-from bench.kernels.ceilings import measure as measure_ceilings
 from efficientad.data.image_files import find_images
 from efficientad.demo.parts import write_dataset
 from efficientad.model.detector import EfficientAD
@@ -50,6 +48,9 @@ from efficientad.utils.devices import lay_out
 
 IMAGES, SIDE = 12, 256
 STEPS = 3  # of a turn
+LARGEST = (2, 128, 125, 125), (256, 128, 4, 4)  # the student's second layer
+COPIED = 64 << 20  # bytes
+CALLS = 20
 CELLS = 4096  # of the closed form before the first step, which is not measured
 CPU = torch.device("cpu")
 
@@ -153,18 +154,34 @@ def cost(step: Callable[[], object]) -> tuple[int, int]:
     return flop.get_total_flops(), traffic.nbytes
 
 
-def ceilings() -> Ceilings:
-    """The better of what one thread and all threads reach, for each product and the copy."""
+def machine(dtype: str) -> tuple[float, float]:
+    """(FLOP, bytes) a second: the better of what one thread and all threads reach."""
     threads = torch.get_num_threads()
+    kind = getattr(torch, dtype)
+    x, weight = (
+        torch.randn(shape).to(kind).to(memory_format=torch.channels_last) for shape in LARGEST
+    )
+    source, target = (torch.ones(COPIED // 4) for _ in range(2))
+    convolve, copy = (lambda: torch.conv2d(x, weight)), (lambda: target.copy_(source))
+    flop, _ = cost(convolve)
     found = []
     try:
         for count in sorted({1, threads}):
             torch.set_num_threads(count)
-            found.append(from_rows(measure_ceilings("cpu")))
+            found.append((flop / least(convolve), 2 * COPIED / least(copy)))
     finally:
         torch.set_num_threads(threads)
-    rates = {name: max(one.tflops[name] for one in found) for name in found[0].tflops}
-    return Ceilings(rates, max(one.gb_s for one in found))
+    return max(one[0] for one in found), max(one[1] for one in found)
+
+
+def least(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of some calls."""
+    seconds = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def measure(folder: Path, dtype: str, rounds: int, warm_up: int = 1) -> dict[str, Any]:
@@ -195,7 +212,7 @@ def measure(folder: Path, dtype: str, rounds: int, warm_up: int = 1) -> dict[str
     pictures = trainer.source(last)
     flop = {"plain": cost(lambda: plain(pictures, last))[0]}
     flop["trainer"], nbytes = cost(lambda: trainer.one_step(pictures))
-    machine = ceilings()
+    flop_s, bytes_s = machine(dtype)
     return {
         "kind": "short step",
         "device": "cpu",
@@ -211,11 +228,8 @@ def measure(folder: Path, dtype: str, rounds: int, warm_up: int = 1) -> dict[str
         },
         "gflop": {name: count / 1e9 for name, count in flop.items()},
         "gbytes": nbytes / 1e9,
-        "ceilings": {"tflops": machine.tflops, "gb_s": machine.gb_s},
-        "least_seconds": {
-            "arithmetic": flop["plain"] / machine.tflops[dtype] / 1e12,
-            "traffic": nbytes / machine.gb_s / 1e9,
-        },
+        "ceilings": {"tflops": flop_s / 1e12, "gb_s": bytes_s / 1e9},
+        "least_seconds": {"arithmetic": flop["trainer"] / flop_s, "traffic": nbytes / bytes_s},
         "losses": losses,
     }
 

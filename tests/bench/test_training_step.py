@@ -26,27 +26,17 @@ def test_flop_and_bytes_of_what_is_computed():
 
 
 def test_the_better_of_one_thread_and_all_is_what_the_machine_can_do(monkeypatch):
-    rates = {1: (1.0, 0.4, 9.0), 3: (0.6, 0.5, 12.0)}  # bfloat16, float32, copy by threads
-
-    def measured(device):
-        assert device == "cpu"
-        half, single, copied = rates[torch.get_num_threads()]
-        return [
-            {"kind": "ceiling", "dtype": "bfloat16", "tflops": half},
-            {"kind": "ceiling", "dtype": "float32", "tflops": single},
-            {"kind": "ceiling", "dtype": "float32", "gb_s": copied},
-        ]
-
-    monkeypatch.setattr(module, "measure_ceilings", measured)
+    seconds = {1: iter([0.5, 0.1]), 3: iter([0.25, 0.2])}  # a convolution, a copy
+    monkeypatch.setattr(module, "least", lambda call: next(seconds[torch.get_num_threads()]))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        found = module.ceilings()
+        found = module.machine("bfloat16")
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert found.tflops == {"bfloat16": 1.0, "float32": 0.5}
-    assert found.gb_s == 12.0
+    flop = 2 * 2 * 256 * 122**2 * 128 * 16
+    assert found == pytest.approx((flop / 0.25, 2 * module.COPIED / 0.1))
 
 
 def test_the_plain_step_has_the_trainers_losses(tmp_path):
