@@ -33,7 +33,7 @@ TILES = {
     86: ((None, replace(_LAST, stages=3)),),
     89: ((None, replace(_LAST, stages=3)),),
     90: ((None, _LAST),),
-    100: ((None, _LAST),),
+    100: ((None, replace(_LAST, bn=64)),),  # as many parts as `student_distance` gives
     120: ((None, replace(_LAST, stages=3)),),
 }
 

@@ -48,6 +48,8 @@ TILES = {
     100: ((None, _TMA),),
     120: ((None, _MMA_SYNC),),
 }
+# `student_distance` spills there with more channels; `autoencoder_distance` has as many.
+_APART = {100: Tile(128, 64, 128, warps=4, stages=4)}
 
 
 # Sizes are not specialised: one binary serves every image, and it is the one that the census shows.
@@ -145,13 +147,17 @@ def _pair_distance_kernel(
             tl.store(st_ptr + offset, partial * (1.0 / C), mask=m < n_pixels)
 
 
-def choose_tile(target: int, pixels: int, channels: int) -> Tile:
+def choose_tile(target: int, pixels: int, channels: int, *, split: bool = False) -> Tile:
     """The tile for `pixels` pixels of a map (N * OH * OW) and C = `channels`.
+
+    split: for `student_distance`, which takes the one for few pixels.
 
     Raises:
         ValueError: C is no multiple of 16.
     """
-    tile = from_table(TILES, target, pixels)
+    tile = from_table(TILES, target, 0 if split else pixels)
+    if split:
+        tile = _APART.get(target, tile)
     if tile.bn_tail and channels % (tile.bn + tile.bn_tail):
         tile = from_table(TILES, target, 0)
     if channels % 16:
@@ -339,7 +345,7 @@ def student_distance(
     c, kernel = weight_teacher.shape[:2]
     size = (height - kernel + 1, width - kernel + 1)
     target = target_of(teacher) if target is None else target
-    tile = tile or choose_tile(target, 0, c)
+    tile = tile or choose_tile(target, 0, c, split=True)
     if out is None:
         out = (
             bias.new_empty((c // tile.bn, n, *size)),

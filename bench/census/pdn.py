@@ -135,7 +135,7 @@ def _pair_case(
     dtype: str,
     split: bool = False,
 ) -> CensusCase:
-    tile = pair_distance.choose_tile(arch, pixels, TEACHER)
+    tile = pair_distance.choose_tile(arch, pixels, TEACHER, split=split)
     # The part that does not wait for the autoencoder is given the teacher in its place.
     decoder = "fp16" if dtype == "fp8" and not split else dtype
     channels = (TEACHER, *cin, cin[0] if split else DECODER)
@@ -146,7 +146,7 @@ def _pair_case(
     signature = {
         "teacher_ptr": f"*{TRITON_TYPE[dtype]}",
         "student_ptr": f"*{TRITON_TYPE[dtype]}",
-        "autoencoder_ptr": f"*{decoder}",
+        "autoencoder_ptr": f"*{TRITON_TYPE[decoder]}",
         **dict.fromkeys(("bias_ptr", "scale_ptr", "st_ptr", "ae_ptr"), "*fp32"),
         **dict.fromkeys((*_SIZES, "tiles_per_kind"), "i32"),
     }

@@ -618,6 +618,13 @@ def test_newer_devices_take_the_nearest_older_row():
         grouped.architecture(75)
 
 
+@pytest.mark.parametrize("target", sorted(autoencoder_distance.TILES))
+def test_both_launches_in_turn_give_as_many_partial_maps(target):
+    (_, tile), *_ = autoencoder_distance.TILES[target]
+    last = autoencoder_distance.constants(tile, target, 384, 64)["BN"]
+    assert pair_distance.choose_tile(target, 10**9, 384, split=True).bn == last
+
+
 def test_tile_tables():
     tables = (conv.PLAIN_TILES, conv.POOL_TILES, first_conv.TILES, pair_distance.TILES)
     for table, arch in itertools.product(tables, grouped.ARCHITECTURES):

@@ -147,7 +147,7 @@ def pair(arch, dtype, n, h, w, ct, cs, ca, kernel, c, *, part="both", large=Fals
     elif part == "student":
         arguments = (teacher, student, *weights, bias)
         function, definition = pair_distance.student_distance, reference.student_distance
-        parts = c // pair_distance.choose_tile(arch, 0, c).bn
+        parts = c // pair_distance.choose_tile(arch, 0, c, split=True).bn
     else:
         second = draw(n, oh, ow, c)
         arguments = (autoencoder, second, w_ae, bias)
