@@ -28,6 +28,6 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
         return F.dropout(x, rate, training)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = draws.view(torch.int16)[: x.numel()] >= round(rate * _DRAWS) - _DRAWS // 2
-    factor = torch.empty_like(x, requires_grad=False)  # dense, in the order of x
-    scaled = kept.to(x.dtype).mul_(1 / (1 - rate))
-    return x * scaled.as_strided(factor.size(), factor.stride())
+    factors = kept.to(x.dtype).mul_(1 / (1 - rate))
+    dense = torch.empty_like(x)  # for its strides: in the order of x, without gaps
+    return x * factors.as_strided(dense.size(), dense.stride())

@@ -102,17 +102,17 @@ class Store:
         self._new_folder = True  # its name may not be on the disk yet
         try:
             (self.folder / PICTURES).mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
-            try:
+            with contextlib.ExitStack() as opened:
+                self._lock = self._locked()
+                opened.callback(self._lock.close)
                 self._database = self._opened(durable, database)
-            except BaseException:
-                self._lock.close()
-                raise
+                opened.callback(self._database.close)
+                self.removed, self.missing = self._sweep()
+                opened.pop_all()
         except (OSError, sqlite3.Error) as error:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"the store {self.folder} cannot be opened: {error}") from error
-        self.removed, self.missing = self._sweep()
         self._jobs: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False

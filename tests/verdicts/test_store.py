@@ -289,6 +289,21 @@ def test_the_start_removes_files_without_a_row_and_no_other_file(tmp_path, datab
     assert (tmp_path / PICTURES / "mine" / "7.png").exists()
 
 
+def test_a_start_that_fails_releases_the_folder(tmp_path, database, monkeypatch):
+    with Store(tmp_path, database=database) as store:
+        store.add(record()).result()
+
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("efficientad.verdicts.store.os.listdir", broken)
+        with pytest.raises(StoreError, match=r"cannot be opened: .*Input/output"):
+            Store(tmp_path, database=database)
+    with Store(tmp_path, database=database) as store:
+        assert len(rows(store)) == 1
+
+
 STOPS = """
 import os, signal, sys, threading
 from tests.verdicts.test_store import record, together
