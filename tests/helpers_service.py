@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from efficientad.model.trust import Calibration
 from efficientad.results.prediction import Prediction
 from efficientad.service.core import Inspection, Model, Sink
 from efficientad.service.limits import Limits
@@ -115,7 +116,7 @@ def service(
     wait_ms: float = 0,
     source: Source | None = None,
     sinks: tuple[Sink, ...] = (),
-    calibration: Sequence[float] = (),
+    calibration: Calibration | None = None,
     **guard: Any,
 ) -> Iterator[Running]:
     """A service of stubs, or of the predictors named, with source and sinks; drained at the end."""

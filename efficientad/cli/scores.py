@@ -101,8 +101,9 @@ def add_drift(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "drift",
         help="compare a stretch of production scores with the calibration's",
-        description="Say whether stored scores still look like those of the calibration, by a "
-        "Kolmogorov-Smirnov test of those below the threshold, and since when not. The order of "
+        description="Say whether stored scores and map means still look like those of the "
+        "calibration, by Kolmogorov-Smirnov tests of the images below the threshold, and since "
+        "when not. The order of "
         "the images is that of the file, for `predict` on a folder that of their names.",
     )
     command.add_argument("results", type=Path, help="output folder, scores.json or scores.csv")
@@ -114,15 +115,16 @@ def add_drift(commands: argparse._SubParsersAction) -> None:
 def run_drift(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from efficientad.checkpoint.loading import load
-    from efficientad.evaluation.drift import calibration_scores, find_drift
+    from efficientad.evaluation.drift import find_drift
     from efficientad.model.image_score import described
+    from efficientad.model.trust import calibration_of
     from efficientad.results.score_picture import save_picture, score_picture
     from efficientad.results.stored_scores import read_scores
 
     stored = read_scores(options.results)
     detector = load(options.model, verify=False)  # of which no map is computed
-    known = calibration_scores(detector.provenance)
-    if known is None:
+    calibration = calibration_of(detector.provenance)
+    if calibration is None:
         raise UsageError(
             f"{options.model} holds no scores of a calibration; run `efficientad calibrate "
             f"{options.model} GOOD_IMAGES`, and `predict` with the file that comes of it"
@@ -138,9 +140,14 @@ def run_drift(options: argparse.Namespace) -> int:
                      f"threshold is {detector.threshold}; scores of another detector do not "
                      "compare"])  # fmt: skip
     scores = [image.score for image in stored.images]
-    found = find_drift(scores, known, detector.threshold)
+    means = [image.map_mean for image in stored.images]
+    found = find_drift(scores, calibration, detector.threshold, map_means=means)
+    if found.score is not None and found.map_mean is None:
+        without = options.model if calibration.map_means is None else stored.file
+        print_notes([f"scores alone are compared: {without} holds no map means"])
     _print_drift(stored, found)
     if options.picture is not None:
+        known = calibration.scores
         groups = {"calibration": known, "production": scores}
         if found.since is not None:
             groups = {"calibration": known, "before": scores[: found.since],
@@ -162,17 +169,19 @@ def _print_drift(stored: StoredScores, found: Drift) -> None:
         f"({found.above / found.images:.1%}); as many good parts would be with a chance of "
         f"{found.above_chance:.2g}"
     )
-    if found.p_value is None or found.medians is None:
+    if found.score is None:
         print(
             f"below it are {found.compared}, too few to be compared with the calibration's "
             f"{found.reference}"
         )
     else:
-        print(
-            f"below it: {found.compared}, compared with the calibration's {found.reference}: "
-            f"distance {found.distance:.3f}, p-value {found.p_value:.2g}, median "
-            f"{found.medians[1]:.4g} against {found.medians[0]:.4g}"
-        )
+        print(f"below it: {found.compared}, compared with the calibration's {found.reference}:")
+        for name, one in (("score", found.score), ("map's mean", found.map_mean)):
+            if one is not None:
+                print(
+                    f"  {name:<10}  distance {one.distance:.3f}, p-value {one.p_value:.2g}, median "
+                    f"{one.medians[1]:.4g} against {one.medians[0]:.4g}"
+                )
     print(_verdict(stored, found))
     if found.drifted is None:
         print("look at the images: bad parts, or another light", file=sys.stderr)
@@ -183,6 +192,7 @@ def _verdict(stored: StoredScores, found: Drift) -> str:
         return "no verdict on drift: nearly all scores are above the threshold"
     if found.since is None:
         return "no drift"
-    return (
-        f"drift since image {found.since + 1} of {found.images}, {stored.images[found.since].path}"
-    )
+    pairs = (("score", found.score), ("map's mean", found.map_mean))
+    of = " and ".join(name for name, one in pairs if one is not None and one.since is not None)
+    path = stored.images[found.since].path
+    return f"drift of the {of} since image {found.since + 1} of {found.images}, {path}"

@@ -156,7 +156,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def models_of(words: list[str], options: argparse.Namespace) -> dict[str, Model]:
     """Name -> what is served of detectors, named as on the command line."""
-    from efficientad.evaluation.drift import calibration_scores
+    from efficientad.model.trust import calibration_of
     from efficientad.service.core import Model
     from efficientad.utils.files import path_digest
 
@@ -169,7 +169,7 @@ def models_of(words: list[str], options: argparse.Namespace) -> dict[str, Model]
         models[name] = Model(
             path_digest(path),
             build_predictor(detector, options),
-            calibration_scores(detector.provenance) or (),
+            calibration_of(detector.provenance),
         )
     return models
 

@@ -261,7 +261,7 @@ def _recalibrated(
     networks = (detector.teacher, detector.student, detector.autoencoder)
     own = copy.deepcopy(detector, {id(network): network for network in networks})
     set_quantiles_from_maps(own, maps)
-    scores = validation_scores(own, maps, source_sizes)
+    scores, _ = validation_scores(own, maps, source_sizes)
     if detector.threshold is not None:
         facts = detector.provenance.get("calibration")
         rate = facts.get("false_positive_rate") if isinstance(facts, dict) else None

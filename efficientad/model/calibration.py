@@ -29,7 +29,7 @@ from efficientad.model.good_images import GoodImagesSeen, warn_of_odd
 from efficientad.model.map_rule import check_weight
 from efficientad.model.networks import TEACHER_CHANNELS
 from efficientad.model.precision import Precision
-from efficientad.model.region import facts, index_of, of_cells
+from efficientad.model.region import facts, index_of, map_means, of_cells
 from efficientad.model.trust import judge_lots, named_lots, trust, warn_of_own
 from efficientad.utils.checks import check_number
 from efficientad.utils.devices import full_float32
@@ -248,7 +248,7 @@ def calibrate(
             own = warn_of_own(detector.provenance, held_out)
             set_quantiles_from_maps(detector, maps)
             check_scale(detector, len(images))
-            scores = validation_scores(detector, maps, source_sizes)
+            scores, means = validation_scores(detector, maps, source_sizes)
             odd = warn_of_odd(images, scores)
             detector.threshold = rule(scores)
             by_lot = judge_lots(lots, images, scores, detector.threshold, rule)
@@ -267,7 +267,7 @@ def calibrate(
         "precision": precision,
         "trained_on": own,
         "lots": by_lot,
-        **(trust(scores, detector.threshold) | facts(detector.region)),
+        **(trust(scores, means, detector.threshold) | facts(detector.region)),
     }
     return detector
 
@@ -327,16 +327,22 @@ def check_scale(detector: EfficientAD, images: int) -> None:
 @torch.no_grad()
 def validation_scores(
     detector: EfficientAD, maps: MapFile, source_sizes: Sequence[tuple[int, int]]
-) -> list[float]:
-    """Image scores of stored raw maps, at the size that the detector's `score_size` names."""
+) -> tuple[list[float], list[float]]:
+    """Image scores and map means of stored raw maps, at the size that `score_size` names."""
     device = detector.affine.device
     scores: list[float] = []
+    means: list[float] = []
+
+    def add(st: Tensor, ae: Tensor, size: tuple[int, int]) -> None:
+        anomaly_map, score = detector.anomaly_map(st, ae, size)
+        scores.extend(score.tolist())
+        means.extend(map_means(anomaly_map, detector.region).tolist())
+
     for chunk in maps.chunks():
         st, ae = chunk.to(device).unbind(dim=1)
         if detector.score_size == "input":
-            scores += detector.anomaly_map(st, ae, detector.image_size)[1].tolist()
+            add(st, ae, detector.image_size)
             continue
         for i in range(len(chunk)):
-            size = source_sizes[len(scores)]
-            scores += detector.anomaly_map(st[i : i + 1], ae[i : i + 1], size)[1].tolist()
-    return scores
+            add(st[i : i + 1], ae[i : i + 1], source_sizes[len(scores)])
+    return scores, means

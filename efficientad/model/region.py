@@ -120,6 +120,20 @@ def of_cells(features: Tensor, index: Tensor | None) -> Tensor:
     return features if index is None else features.flatten(2).index_select(2, index).unsqueeze(2)
 
 
+def map_means(anomaly_map: Tensor, region: Tensor | None) -> Tensor:
+    """Means (N,) of maps (N, H, W) over what is inspected.
+
+    The resize of a map keeps its mean, so that maps of other sizes give nearly the same.
+
+    region: bool, of any size; None is everything.
+    """
+    if region is None:
+        return anomaly_map.mean((-2, -1))
+    height, width = anomaly_map.shape[-2:]
+    counts = resized(region.to(anomaly_map.device), (height, width))
+    return anomaly_map.masked_fill(~counts, 0).sum((-2, -1)) / counts.sum()
+
+
 def share(region: Tensor) -> float:
     """How much of the frame is inspected, 0..1."""
     return round(float(region.float().mean()), 6)

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,28 +21,53 @@ UNLIKELY = 0.01  # chance at which a lot is said to differ, shared among the lot
 _LISTED = 5  # names in a message
 
 
-def kept_scores(scores: Sequence[float]) -> list[float]:
-    """Ascending; of more than `MOST_SCORES` so many, at evenly spaced ranks."""
-    ordered = np.sort(np.asarray(scores, np.float64))
-    return ordered[evenly(len(ordered), MOST_SCORES)].tolist()
+class Calibration(NamedTuple):
+    """What a detector's calibration kept of its good images.
+
+    Attributes:
+        scores: ascending. map_means: of the same images; None in files that hold none.
+    """
+
+    scores: Sequence[float]
+    map_means: Sequence[float] | None = None
 
 
-def trust(scores: Sequence[float], threshold: float) -> dict[str, Any]:
+def calibration_of(provenance: Mapping[str, Any]) -> Calibration | None:
+    """What a detector's provenance holds to compare with; None where there is nothing."""
+    kept = provenance.get("calibration")
+    if not isinstance(kept, dict) or not isinstance(kept.get("scores"), list):
+        return None
+    scores, means = kept["scores"], kept.get("map_means")
+    return Calibration(scores, means if isinstance(means, list) else None)
+
+
+def kept_scores(scores: Sequence[float], map_means: Sequence[float]) -> dict[str, list[float]]:
+    """Both in ascending order of the scores; of more than `MOST_SCORES` images so many, at evenly
+    spaced ranks."""
+    order = np.argsort(np.asarray(scores, np.float64), kind="stable")
+    kept = order[evenly(len(order), MOST_SCORES)]
+    return {
+        "scores": np.asarray(scores, np.float64)[kept].tolist(),
+        "map_means": np.asarray(map_means, np.float64)[kept].tolist(),
+    }
+
+
+def trust(scores: Sequence[float], map_means: Sequence[float], threshold: float) -> dict[str, Any]:
     """Facts for the record of a calibration.
 
     Args:
-        scores: of the good images that the threshold was set from, not thinned.
+        scores: of the good images that the threshold was set from, not thinned. map_means: theirs.
 
     Returns:
         above_threshold: how many of them exceed it. false_reject_bound: with probability
-        `confidence` no larger share of such good parts does. scores: see `kept_scores`.
+        `confidence` no larger share of such good parts does. scores, map_means: see `kept_scores`.
     """
     above = sum(score > threshold for score in scores)
     return {
         "above_threshold": above,
         "false_reject_bound": upper_bound(above, len(scores)),
         "confidence": CONFIDENCE,
-        "scores": kept_scores(scores),
+        **kept_scores(scores, map_means),
     }
 
 

@@ -220,6 +220,7 @@ class ResultFolder:
         row = {
             "path": plain_text(source),
             "score": prediction.score,
+            "map_mean": prediction.map_mean(),
             "is_anomalous": prediction.is_anomalous,
             "defect": defect,
             "label": label,
@@ -268,7 +269,9 @@ class ResultFolder:
         }
         if metrics is not None:
             facts["metrics"] = {plain_text(k): _json(v) for k, v in metrics.items()}
-        write_tables(self.root, self.rows, self.threshold, self.score, facts, more=("regions",))
+        write_tables(
+            self.root, self.rows, self.threshold, self.score, facts, more=("map_mean", "regions")
+        )
         report = self.root / "report.html"
         write_report(
             report,

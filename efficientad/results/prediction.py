@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from efficientad.model.image_score import check_threshold
+from efficientad.model.region import map_means
 from efficientad.results.overlay import overlay
 from efficientad.results.regions import AnomalousRegion, anomalous_regions
 
@@ -188,6 +190,18 @@ class Prediction:
             _host(self.anomaly_map), self.source_size, threshold,
             region=self.region, min_area=min_area,
         )  # fmt: skip
+
+    def map_mean(self) -> float:
+        """The mean of the map over what is inspected, which tells another light from a defect.
+
+        Raises:
+            ValueError: a batch, or no map.
+        """
+        if self.batched or self.anomaly_map is None:
+            what = "is of a batch; index it" if self.batched else "holds no map; ask for one"
+            raise ValueError(f"the prediction {what} for a map's mean")
+        anomaly_map = torch.as_tensor(self.anomaly_map)
+        return float(map_means(anomaly_map.float()[None], self.region))
 
     def overlay(self, **options: Any) -> Any:
         """The frame with the map's colours over it, as a PIL image (see `overlay.overlay`).

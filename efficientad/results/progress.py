@@ -47,6 +47,7 @@ class Entry:
         found = json.loads(line)
         row = dict(found["row"])
         image, heat = (base64.b64decode(picture, validate=True) for picture in found["pictures"])
+        row["map_mean"]  # lines of older versions lack it
         regions = row["regions"]
         if regions is not None:
             regions = [

@@ -23,12 +23,18 @@ _MARK = "judged_from"  # in the JSON of a judgement
 
 @dataclass(frozen=True)
 class StoredScore:
-    """An image of a run: its path as it was stored, score (NaN: none), label, kind of defect."""
+    """An image of a run.
+
+    Attributes:
+        path: as it was stored. score: NaN for none. map_mean: NaN where it is unknown, as in a
+            table and in files of older versions. label, defect: None for none.
+    """
 
     path: str
     score: float
     label: int | None = None
     defect: str | None = None
+    map_mean: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ def write_judged(out: str | os.PathLike, stored: StoredScores, found: Judgement)
         {
             "path": image.path,
             "score": image.score,
+            "map_mean": image.map_mean,
             "is_anomalous": verdict,
             "defect": image.defect,
             "label": image.label,
@@ -128,7 +135,7 @@ def write_judged(out: str | os.PathLike, stored: StoredScores, found: Judgement)
         for image, verdict in zip(stored.images, found.anomalous, strict=True)
     ]
     facts = {"failed": [], "notes": [], "files": [], _MARK: str(stored.file)}
-    write_tables(out, rows, found.threshold, stored.score_rule, facts)
+    write_tables(out, rows, found.threshold, stored.score_rule, facts, more=("map_mean",))
 
 
 def check_judged_folder(out: Path) -> None:
@@ -204,4 +211,8 @@ def _image(file: Path, number: int, row: object) -> StoredScore:
     defect = row.get("defect") or None
     if not (defect is None or isinstance(defect, str)):
         raise wrong("defect", "text")
-    return StoredScore(row["path"], float(score), label, defect)
+    mean = row.get("map_mean")
+    if not (mean is None or is_number(mean)):
+        raise wrong("map_mean", "a number or null")
+    mean = math.nan if mean is None else float(mean)
+    return StoredScore(row["path"], float(score), label, defect, mean)

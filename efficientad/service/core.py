@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from efficientad.model.trust import Calibration
 from efficientad.results.overlay import shrink_map
 from efficientad.results.prediction import Prediction
 from efficientad.service.batcher import Batcher, BatchPredictor, Busy
@@ -39,12 +40,12 @@ class Model(NamedTuple):
 
     Attributes:
         digest: of its file, see `path_digest`. predictor: computes.
-        calibration: scores that its calibration kept, see `evaluation.drift`.
+        calibration: what its calibration kept to compare with; None for nothing.
     """
 
     digest: str
     predictor: ServedPredictor
-    calibration: Sequence[float] = ()
+    calibration: Calibration | None = None
 
 
 class Sink(Protocol):
@@ -72,7 +73,7 @@ class Served:
     name: str
     digest: str
     predictor: ServedPredictor
-    calibration: Sequence[float]
+    calibration: Calibration | None
     own_threshold: float | None
     batcher: Batcher
 
@@ -235,6 +236,7 @@ class Inspection:
             model=served.name,
             digest=served.digest,
             score=found.score,
+            map_mean=found.map_mean(),
             threshold=found.threshold,
             is_anomalous=None if found.threshold is None else bool(found.is_anomalous),
             size=(int(found.source_size[0]), int(found.source_size[1])),

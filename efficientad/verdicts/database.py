@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-VERSION = 1
+VERSION = 2
 PROGRAM = 0x45414456  # "EADV"
 REVIEWS = ("good", "bad", "unsure")
 PICTURES = "pictures"  # in the store's folder
@@ -23,6 +23,7 @@ CREATE TABLE verdicts (
     digest TEXT NOT NULL,            -- SHA-256 of its file: scores of another mean something else
     name TEXT,                       -- what the sender called the picture
     score DOUBLE PRECISION,          -- NULL: not a number
+    map_mean DOUBLE PRECISION,       -- the same
     threshold DOUBLE PRECISION,      -- by which it was judged; NULL: not judged
     is_anomalous INTEGER,
     height INTEGER NOT NULL, width INTEGER NOT NULL,

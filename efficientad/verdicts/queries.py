@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from efficientad.evaluation.drift import FEWEST, find_drift
 from efficientad.model.calibration import threshold_from_scores
+from efficientad.model.trust import Calibration
 from efficientad.utils.proportions import upper_bound
 from efficientad.verdicts.database import REVIEWS, Connection
 
@@ -169,14 +169,14 @@ def course(
     db: Connection,
     detector: Detector,
     threshold: float | None,
-    calibration: Sequence[float],
+    calibration: Calibration | None,
     parts: int,
 ) -> dict[str, Any]:
     """How the scores of a detector's newest parts went, and what `find_drift` says of them.
 
     Args:
-        threshold: the one in use. calibration: scores that the detector's calibration kept, which
-            may be none. parts: so many at most.
+        threshold: the one in use. calibration: what the detector's calibration kept, if anything.
+        parts: so many at most.
 
     Returns:
         parts; threshold; stretches of as many parts each, oldest first: number and time of the
@@ -187,11 +187,14 @@ def course(
     """
     # What is appended keeps a database from an index that it would have to sort.
     rows = db.execute(
-        "SELECT id, time, score, is_anomalous FROM verdicts "
+        "SELECT id, time, score, map_mean, is_anomalous FROM verdicts "
         "WHERE model || '' = ? AND digest || '' = ? ORDER BY id DESC LIMIT ?",
         (*detector, parts),
     ).fetchall()[::-1]
-    scores = np.array([math.nan if row["score"] is None else row["score"] for row in rows])
+    scores, means = (
+        np.array([math.nan if row[name] is None else row[name] for row in rows])
+        for name in ("score", "map_mean")
+    )
     count = max(1, min(MOST_STRETCHES, len(rows) // LEAST_STRETCH))
     edges = [i * len(rows) // count for i in range(count + 1)]
     stretches = [
@@ -201,9 +204,10 @@ def course(
     ]
     band = None
     if calibration:
-        low, high = np.quantile(calibration, BAND)
-        middle = float(np.median(calibration))
-        band = {"parts": len(calibration), "low": float(low), "median": middle, "high": float(high)}
+        known = calibration.scores
+        low, high = np.quantile(known, BAND)
+        middle = float(np.median(known))
+        band = {"parts": len(known), "low": float(low), "median": middle, "high": float(high)}
     drift, reason = None, None
     if not calibration:
         reason = "The detector's file holds no scores of a calibration to compare with."
@@ -211,14 +215,15 @@ def course(
         reason = f"{len(rows)} parts are stored; a comparison needs {FEWEST}."
     else:
         try:
-            found = find_drift(scores, calibration, threshold)
+            found = find_drift(scores, calibration, threshold, map_means=means)
         except ValueError as error:
             reason = f"{error}."
         else:
             drift = dataclasses.asdict(found)
-            if found.since is not None:
-                since = rows[found.since]
-                drift["since"] = {"id": since["id"], "time": as_text(since["time"])}
+            for one in (drift, drift["score"], drift["map_mean"]):
+                if one is not None and one["since"] is not None:
+                    since = rows[one["since"]]
+                    one["since"] = {"id": since["id"], "time": as_text(since["time"])}
     return {
         "parts": len(rows), "threshold": threshold, "stretches": stretches, "calibration": band,
         "drift": drift, "reason": reason,

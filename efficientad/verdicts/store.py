@@ -41,7 +41,8 @@ class Record:
 
     Attributes:
         model, digest: name of the detector and SHA-256 of its file.
-        score: NaN is kept as NULL. threshold, is_anomalous: the verdict, None where none was given.
+        score, map_mean: NaN is kept as NULL.
+        threshold, is_anomalous: the verdict, None where none was given.
         size: (height, width) of the picture. boxes: of its defects, as JSON takes them.
         picture, suffix: the file as it was sent, and the suffix to keep it under ("jpg").
         map_size, map_values: (h, w) of a small anomaly map and its values, float16 bytes.
@@ -51,6 +52,7 @@ class Record:
     model: str
     digest: str
     score: float
+    map_mean: float
     threshold: float | None
     is_anomalous: bool | None
     size: tuple[int, int]
@@ -298,13 +300,14 @@ class Store:
     def _insert(self, transaction: Transaction, record: Record) -> int:
         row = (
             record.time, record.model, record.digest, record.name,
-            None if math.isnan(record.score) else record.score, record.threshold,
-            record.is_anomalous, *record.size, json.dumps(record.boxes), record.suffix,
-            len(record.picture) + len(record.map_values),
+            *(None if math.isnan(x) else x for x in (record.score, record.map_mean)),
+            record.threshold, record.is_anomalous, *record.size, json.dumps(record.boxes),
+            record.suffix, len(record.picture) + len(record.map_values),
         )  # fmt: skip
         number = transaction.db.insert(
-            "INSERT INTO verdicts (time, model, digest, name, score, threshold, is_anomalous, "
-            "height, width, boxes, suffix, bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO verdicts (time, model, digest, name, score, map_mean, threshold, "
+            "is_anomalous, height, width, boxes, suffix, bytes) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row,
         )
         if record.map_size is not None:

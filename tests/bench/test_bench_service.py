@@ -19,7 +19,7 @@ def store(tmp_path):
     """A store of the two files, with scores 0.25 and 0.75, numbers 1 and 2."""
     with Store(tmp_path / "store", durable=False) as opened:
         for data, score in zip(FILES, (0.25, 0.75), strict=True):
-            record = Record("load", "d", score, 0.5, score > 0.5, (1, 1), [], data, "jpg")
+            record = Record("load", "d", score, 0.1, 0.5, score > 0.5, (1, 1), [], data, "jpg")
             opened.add(record).result()
     return tmp_path / "store"
 

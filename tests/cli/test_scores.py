@@ -17,11 +17,13 @@ def run(*arguments) -> int:
     return main([str(a) for a in arguments])
 
 
-def store(folder, scores, threshold=0.5, labels=None, **facts):
+def store(folder, scores, threshold=0.5, labels=None, means=None, **facts):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"path": f"{i:04}.png", "score": float(score)} for i, score in enumerate(scores)]
-    for row, label in zip(rows, labels or [], strict=bool(labels)):
+    for row, label in zip(rows, [] if labels is None else labels, strict=labels is not None):
         row["label"] = label
+    for row, mean in zip(rows, [] if means is None else means, strict=means is not None):
+        row["map_mean"] = float(mean)
     document = {"threshold": threshold, "images": rows, **facts}
     (folder / "scores.json").write_text(json.dumps(document))
     return folder
@@ -35,7 +37,8 @@ def model_file(tmp_path_factory):
     model.set_quantiles(0.0, 1.0, 0.0, 1.0)
     model.threshold = 0.5
     scores = np.random.default_rng(0).normal(0.2, 0.05, 80).tolist()
-    model.provenance["calibration"] = {"scores": scores}
+    means = np.random.default_rng(3).normal(0.02, 0.01, 80).tolist()
+    model.provenance["calibration"] = {"scores": scores, "map_means": means}
     ead.save(model, path)
     return path
 
@@ -84,11 +87,36 @@ def test_drift_says_since_when(model_file, tmp_path, capsys):
     folder, picture = store(tmp_path / "run", scores), tmp_path / "drift.png"
     assert run("drift", folder, model_file, "--picture", picture) == 0
     printed = capsys.readouterr().out
-    since = int(printed.split("drift since image ")[1].split()[0])
+    since = int(printed.split("drift of the score since image ")[1].split()[0])
     assert abs(since - 251) <= 8
     assert f"of 400, {since - 1:04}.png" in printed
     assert Image.open(picture).format == "PNG"
     assert run("drift", folder, model_file, "--fail-on-drift") == 3
+
+
+def test_drift_of_the_map_means_alone_is_named(model_file, tmp_path, capsys):
+    """And a judgement by another threshold keeps the means."""
+    rng = np.random.default_rng(4)
+    scores, means = rng.normal(0.2, 0.05, 400), rng.normal(0.02, 0.01, 400)
+    means[300:] += 0.03
+    folder = store(tmp_path / "run", scores, means=means)
+    assert run("judge", folder, "--threshold", 0.5) == 0
+    for results in (folder, folder / "judged"):
+        capsys.readouterr()
+        assert run("drift", results, model_file, "--fail-on-drift") == 3
+        printed = capsys.readouterr().out
+        since = int(printed.split("drift of the map's mean since image ")[1].split()[0])
+        assert abs(since - 301) <= 8
+        assert "map's mean  distance" in printed
+        assert "scores alone" not in printed
+
+
+def test_a_run_without_map_means_is_said_to_have_none(model_file, tmp_path, capsys):
+    scores = np.random.default_rng(2).normal(0.2, 0.05, 100)
+    folder = store(tmp_path / "run", scores)
+    assert run("drift", folder, model_file) == 0
+    said = capsys.readouterr().err
+    assert f"scores alone are compared: {folder / 'scores.json'} holds no map means" in said
 
 
 def test_no_drift(model_file, tmp_path, capsys):

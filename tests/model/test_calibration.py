@@ -22,6 +22,7 @@ from efficientad.model.calibration import (
     threshold_from_scores,
 )
 from efficientad.model.good_images import GoodImageWarning
+from efficientad.results.plain_path import predict
 from efficientad.training.pictures import TrainingImages
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -262,3 +263,17 @@ def test_images_trained_on_are_recognised_after_copying_and_lots_are_compared(tm
     assert facts["scores"] == sorted(facts["scores"])
     assert facts["scores"][-1] == detector.threshold
     assert (len(facts["scores"]), facts["above_threshold"]) == (6, 0)
+
+
+@pytest.mark.parametrize("region", [False, True])
+def test_map_means_are_kept_beside_the_scores_and_are_those_of_a_prediction(tmp_path, region):
+    paths = write_images(tmp_path, 4, (280, 300), seed=1)
+    detector = helpers.detector()
+    if region:
+        detector.set_region(np.pad(np.ones((100, 90), bool), ((80, 76), (60, 106))))
+    calibrate(detector, paths, statistics=False)
+    facts = detector.provenance["calibration"]
+    found = sorted((p.score, p.map_mean()) for p in predict(detector, paths, map_size="input"))
+    assert len(facts["map_means"]) == len(found) == 4
+    assert [mean for _, mean in found] == pytest.approx(facts["map_means"], abs=1e-6)
+    assert len(set(facts["map_means"])) == 4

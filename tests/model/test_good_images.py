@@ -115,7 +115,7 @@ def test_an_odd_picture_among_many_is_named(model_file, tmp_path, capsys, monkey
     folder = write(tmp_path / "good", **parts(10))
     write(folder, other=parts(1, seed=7)["part0"])
     scores = [9.0, *(0.01 * i for i in range(10))]  # by name: other.png is the first
-    monkeypatch.setattr(calibration, "validation_scores", lambda *_: scores)
+    monkeypatch.setattr(calibration, "validation_scores", lambda *_: (scores, scores))
     assert main(["calibrate", str(model_file), str(folder)]) == 0
     said = capsys.readouterr().err
     assert re.search(r"^warning: 1 of 11 good images score far above .*other\.png", said, re.M)

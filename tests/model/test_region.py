@@ -16,6 +16,7 @@ from efficientad.model.region import (
     cells_of,
     fitted,
     index_of,
+    map_means,
     of_cells,
     reaches_beyond,
     resized,
@@ -109,6 +110,30 @@ def test_share_and_what_reaches_beyond():
     assert reaches_beyond(large, small)
     assert not reaches_beyond(large, None)
     assert reaches_beyond(None, large)
+
+
+def test_the_mean_of_a_map_is_that_of_what_is_inspected():
+    st, ae = maps(2)
+    region = torch.from_numpy(rectangle())
+    model = fresh(rectangle())
+    for size in ((256, 256), (90, 64)):
+        found, _ = model.anomaly_map(st, ae, size)
+        inside = resized(region, size)
+        torch.testing.assert_close(map_means(found, region), found[:, inside].mean(1))
+        found[:, ~inside] = NAN
+        assert map_means(found, region).isfinite().all()
+
+
+@pytest.mark.parametrize("region", [None, rectangle()], ids=["everything", "a region"])
+def test_maps_of_another_size_have_nearly_the_same_mean(region):
+    """Within a hundredth of what a threshold is made of, q_b - q_a, which is 0.1 in the map."""
+    st, ae = maps(3)
+    model = fresh(region)
+    means = [
+        map_means(model.anomaly_map(st, ae, size)[0], model.region)
+        for size in ((256, 256), (300, 277), (1500, 1000))
+    ]
+    assert max(float((mean - means[0]).abs().max()) for mean in means[1:]) < 1e-3
 
 
 # ---- the map ---------------------------------------------------------------------------------

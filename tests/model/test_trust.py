@@ -24,22 +24,27 @@ from efficientad.utils.proportions import upper_bound
 
 def test_kept_scores_are_the_scores_in_order():
     scores = np.random.default_rng(0).normal(size=MOST_SCORES).tolist()
-    assert kept_scores(scores) == sorted(scores)
+    means = [-score for score in scores]
+    kept = kept_scores(scores, means)
+    assert kept == {"scores": sorted(scores), "map_means": sorted(means, reverse=True)}
 
 
 def test_of_many_scores_evenly_spaced_ranks_are_kept():
     scores = np.random.default_rng(0).permutation(50_001) / 50_000
-    kept = kept_scores(scores)
+    found = kept_scores(scores, 1 - scores)
+    kept = found["scores"]
     assert len(kept) == MOST_SCORES
+    assert found["map_means"] == [1 - score for score in kept]
     assert (kept[0], kept[-1]) == (0, 1)
     np.testing.assert_allclose(kept, np.linspace(0, 1, MOST_SCORES), atol=2e-5)
 
 
 def test_a_score_at_the_threshold_is_not_above_it():
-    facts = trust([0.1, 0.3, 0.2, 0.4], 0.3)
+    facts = trust([0.1, 0.3, 0.2, 0.4], [1.0, 3.0, 2.0, 4.0], 0.3)
     assert facts["above_threshold"] == 1
     assert facts["false_reject_bound"] == pytest.approx(upper_bound(1, 4))
     assert facts["scores"] == [0.1, 0.2, 0.3, 0.4]
+    assert facts["map_means"] == [1.0, 2.0, 3.0, 4.0]
 
 
 def rule(scores):

@@ -39,6 +39,8 @@ def run(tmp_path):
 def test_what_a_run_wrote_is_read(run, name):
     stored = read_scores(run / name)
     np.testing.assert_array_equal([image.score for image in stored.images], SCORES)
+    means = [math.nan] * 5 if name == "scores.csv" else SCORES  # each map is of one value
+    np.testing.assert_allclose([image.map_mean for image in stored.images], means)
     assert [image.label for image in stored.images] == LABELS
     assert stored.images[1].path == 'a, "b"\nc.png'
     assert [image.defect for image in stored.images] == ["good", "good", "dent", "dent", None]

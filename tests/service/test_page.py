@@ -18,6 +18,8 @@ pytest.importorskip("fastapi", reason="the service needs the extra efficientad[s
 
 from helpers_service import StubPredictor, part, service
 
+from efficientad.model.trust import Calibration
+
 GOOD, BAD = (encoded(Image.fromarray(part(defect))) for defect in (0.2, 0.8))
 
 
@@ -187,7 +189,7 @@ def test_what_if_and_recalibration_answer_in_numbers(running):
 
 
 def test_the_course_of_the_scores_and_whether_they_drift(tmp_path):
-    calibration = [0.18 + i / 1000 for i in range(40)]
+    calibration = Calibration([0.18 + i / 1000 for i in range(40)], [0.0] * 40)
     with service(tmp_path, calibration=calibration) as running:
         for _ in range(25):
             send(running, GOOD)
@@ -196,7 +198,8 @@ def test_the_course_of_the_scores_and_whether_they_drift(tmp_path):
         assert (status, found["parts"], len(found["stretches"])) == (200, 25, 2)
         assert found["calibration"]["parts"] == 40
         assert found["drift"]["drifted"] is True  # all scores are the same one
-        assert found["drift"]["since"]["id"] == 1
+        assert found["drift"]["score"]["since"]["id"] == found["drift"]["since"]["id"] == 1
+        assert found["drift"]["map_mean"]["since"] == found["drift"]["since"]
         status, found = running.json("GET", f"{path}?parts=5")
         assert (found["parts"], found["reason"]) == (
             5,

@@ -15,6 +15,8 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 import playwright.sync_api as playwright
 from helpers_service import StubPredictor, part, service
 
+from efficientad.model.trust import Calibration
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 KEY = "a key of the tests, long enough"
@@ -169,13 +171,15 @@ def test_history_one_part_and_its_map(tmp_path, opened):
 
 
 def test_the_course_of_the_scores_shows_since_when_they_drift(tmp_path, opened):
-    calibration = [0.2 + i / 1000 for i in range(100)]
+    calibration = Calibration([0.2 + i / 1000 for i in range(100)])
     with service(tmp_path, calibration=calibration) as running:
         for i in range(60):
             running.call("POST", "/predict", picture((0.2, 0.3)[i >= 30] + i % 10 / 100))
         page = opened(running)
         page.locator("nav").get_by_text("Drift").click()
-        expect(page.locator(".says")).to_contain_text(re.compile(r"Drift since part (3\d|2\d),"))
+        expect(page.locator(".says")).to_contain_text(
+            re.compile(r"Drift of the score since part (3\d|2\d),")
+        )
         expect(page.locator(".course .since")).to_have_count(2)  # the line and its words
         expect(page.locator(".stretch")).to_have_count(6)
         expect(page.locator(".course .legend")).to_contain_text("threshold 0.500")
@@ -187,7 +191,7 @@ def test_the_course_of_the_scores_shows_since_when_they_drift(tmp_path, opened):
         page.get_by_role("button", name="New parts").click()
         expect(page.locator(".course .head")).to_contain_text("the last 61 parts")
         page.get_by_label("Newest parts, at most").select_option("1,000")
-        expect(page.locator(".says")).to_contain_text("Drift since part")
+        expect(page.locator(".says")).to_contain_text("Drift of the score since part")
         page.locator(".stretch").last.click()
         expect(page.locator(".side dl")).to_contain_text("61")
 

@@ -23,9 +23,9 @@ BOXES = [{"box": [1, 2, 3, 4], "area": 4, "score": 0.7}]
 
 def record(score: float = 0.2, **changes) -> Record:
     values = {
-        "model": "screw", "digest": "d1", "score": score, "threshold": 0.5,
-        "is_anomalous": not score <= 0.5, "size": (40, 60), "boxes": [], "picture": b"picture",
-        "suffix": "png",
+        "model": "screw", "digest": "d1", "score": score, "map_mean": 0.05,
+        "threshold": 0.5, "is_anomalous": not score <= 0.5, "size": (40, 60), "boxes": [],
+        "picture": b"picture", "suffix": "png",
     }  # fmt: skip
     return Record(**values | changes)
 

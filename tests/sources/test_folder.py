@@ -135,7 +135,7 @@ def test_a_verdict_and_its_note_stand_or_fall_together(tmp_path, database):
         put(tmp_path / "a.png", GOOD)
         stamp = stamp_of(tmp_path / "a.png")
         assert stamp is not None
-        record = Record("stub", "d", 0.2, 0.5, False, (4, 4), [], GOOD, "png")
+        record = Record("stub", "d", 0.2, 0.1, 0.5, False, (4, 4), [], GOOD, "png")
         note = seen.noting(tmp_path / "a.png", stamp)
 
         def fail(step, number):

@@ -13,6 +13,7 @@ from scipy import stats
 pytest.importorskip("fastapi", reason="the service needs the extra efficientad[serve]")
 
 from efficientad.evaluation.drift import find_drift
+from efficientad.model.trust import Calibration
 from efficientad.verdicts import queries
 from efficientad.verdicts.store import Record, Store
 
@@ -25,8 +26,9 @@ def fill(store: Store, *parts: tuple[float, str | None], threshold=0.5, **change
     for score, review in parts:
         verdict = None if threshold is None else not score <= threshold
         values = {
-            "model": "screw", "digest": "d", "score": score, "threshold": threshold,
-            "is_anomalous": verdict, "size": (4, 6), "boxes": [], "picture": b"x", "suffix": "png",
+            "model": "screw", "digest": "d", "score": score, "map_mean": 0.05,
+            "threshold": threshold, "is_anomalous": verdict, "size": (4, 6), "boxes": [],
+            "picture": b"x", "suffix": "png",
         }  # fmt: skip
         number = store.add(Record(**values | changes)).result()
         store.submit(
@@ -188,12 +190,13 @@ def went(store: Store, scores, threshold: float | None = 0.5, **changes) -> None
     store.submit(lambda step: [step.db.execute(statement, row) for row in rows]).result()
 
 
-def course(store: Store, threshold=0.5, calibration=(), parts=10_000) -> dict:
+def course(store: Store, threshold=0.5, calibration=None, parts=10_000) -> dict:
     with store.reading() as db:
         return queries.course(db, SCREW, threshold, calibration, parts)
 
 
-CALIBRATION = np.random.default_rng(0).uniform(0.1, 0.3, 200).tolist()
+KNOWN = np.random.default_rng(0).uniform(0.1, 0.3, 200).tolist()
+CALIBRATION = Calibration(KNOWN)
 LIKE_IT = np.random.default_rng(1).uniform(0.1, 0.3, 300).tolist()
 HIGHER = np.random.default_rng(2).uniform(0.2, 0.4, 150).tolist()
 
@@ -231,9 +234,9 @@ def test_a_course_stands_beside_the_calibration(store):
     went(store, LIKE_IT)
     found = course(store, calibration=CALIBRATION)
     band = found["calibration"]
-    assert (band["parts"], band["median"]) == (200, pytest.approx(np.median(CALIBRATION)))
-    assert band["low"] == pytest.approx(np.quantile(CALIBRATION, 0.05))
-    assert band["high"] == pytest.approx(np.quantile(CALIBRATION, 0.95))
+    assert (band["parts"], band["median"]) == (200, pytest.approx(np.median(KNOWN)))
+    assert band["low"] == pytest.approx(np.quantile(KNOWN, 0.05))
+    assert band["high"] == pytest.approx(np.quantile(KNOWN, 0.95))
     assert (found["drift"]["drifted"], found["drift"]["since"]) == (False, None)
     assert found["reason"] is None
     json.dumps(found, allow_nan=False)
@@ -248,7 +251,9 @@ def test_a_course_names_the_part_from_which_on_scores_drift(store):
     assert drift["drifted"] is True
     assert abs(expected.since - 300) < 30
     assert drift["since"] == {"id": 7 + expected.since + 1, "time": queries.as_text(expected.since)}
-    assert drift["p_value"] == expected.p_value
+    assert drift["score"]["p_value"] == expected.score.p_value
+    assert drift["score"]["since"] == drift["since"]
+    assert drift["map_mean"] is None
     newest = course(store, calibration=CALIBRATION, parts=150)["drift"]
     assert newest["since"]["id"] == 307 + find_drift(HIGHER, CALIBRATION, 0.5).since + 1
 
@@ -256,9 +261,14 @@ def test_a_course_names_the_part_from_which_on_scores_drift(store):
 @pytest.mark.parametrize(
     ("count", "calibration", "threshold", "reason"),
     [
-        (30, (), 0.5, "The detector's file holds no scores of a calibration to compare with."),
+        (30, None, 0.5, "The detector's file holds no scores of a calibration to compare with."),
         (19, CALIBRATION, 0.5, "19 parts are stored; a comparison needs 20."),
-        (30, CALIBRATION[:5], 0.5, "calibration holds 5 scores; a comparison needs 20 at least."),
+        (
+            30,
+            Calibration(KNOWN[:5]),
+            0.5,
+            "calibration holds 5 scores; a comparison needs 20",
+        ),
         (30, CALIBRATION, 0.1, "calibration below the threshold holds 0 scores; a comparison"),
     ],
 )

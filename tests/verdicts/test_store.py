@@ -24,6 +24,7 @@ def record(score: float = 0.2, picture: bytes = b"picture", **changes) -> Record
         "model": "screw",
         "digest": "d1",
         "score": score,
+        "map_mean": 0.05,
         "threshold": 0.5,
         "is_anomalous": not score <= 0.5,
         "size": (40, 60),

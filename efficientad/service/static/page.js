@@ -430,11 +430,13 @@ function driftSays({ drift, reason, parts, stretches }, asked) {
   const chance = (p) => (p < 0.001 ? "less than 0.001" : p.toFixed(3));
   const above = `${count(drift.above)} of ${count(drift.images)} parts lie above the threshold; that many good ones would lie there with a chance of ${chance(drift.above_chance)}.`;
   if (drift.drifted === null) return ["No verdict: nearly all parts lie above the threshold.", `${above} Look at the parts: bad ones, or another light.`, "drifted"];
-  const test = `Below the threshold, ${count(drift.compared)} parts against ${count(drift.reference)} of the calibration: distance ${drift.distance.toFixed(3)}, ` +
-    `p-value ${chance(drift.p_value)}, median ${figure(drift.medians[1])} against ${figure(drift.medians[0])}.`;
+  const figures = [["score", drift.score], ["map's mean", drift.map_mean]].filter(([, one]) => one);
+  const test = `Below the threshold, ${count(drift.compared)} parts against ${count(drift.reference)} of the calibration: ` +
+    figures.map(([name, one]) => `${name}: distance ${one.distance.toFixed(3)}, p-value ${chance(one.p_value)}, median ${figure(one.medians[1])} against ${figure(one.medians[0])}`).join("; ") + ".";
   if (!drift.since) return ["No drift.", `${test} ${above}`, "steady"];
   const before = parts === asked && drift.since.id <= stretches[0].last ? ", or before" : "";
-  return [`Drift since part ${count(drift.since.id)}, ${when(drift.since)}${before}.`, `${test} ${above}`, "drifted"];
+  const of = figures.filter(([, one]) => one.since).map(([name]) => name).join(" and ");
+  return [`Drift of the ${of} since part ${count(drift.since.id)}, ${when(drift.since)}${before}.`, `${test} ${above}`, "drifted"];
 }
 
 async function courseCard(model, parts) {
