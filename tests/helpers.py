@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import types
 from collections.abc import Mapping
 from functools import partial
@@ -12,8 +14,8 @@ from torch import Tensor
 from efficientad import EfficientAD
 from efficientad.fast.folding import fold
 from efficientad.fast.fused_network import Plan, forward
-from efficientad.model.synthetic import calibrate_on_own_maps, frames, images
-from efficientad.model.synthetic import random_detector as detector
+from efficientad.model.networks import PDN
+from efficientad.model.synthetic import calibrate_on_own_maps, frames, images, random_detector
 from efficientad.ops import operators
 
 __all__ = [
@@ -26,6 +28,22 @@ __all__ = [
     "interpreted",
     "interpreted_in_few_programs",
 ]
+
+
+def detector(
+    size: str = "S", seed: int = 0, calibrated: bool = True, **options: object
+) -> EfficientAD:
+    """`random_detector`: a copy of the one that was made first, as making it takes seconds."""
+    key = (PDN.__init__, size, seed, calibrated, tuple(sorted(options.items())))
+    model, state = _detector(*key)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=8)
+def _detector(_init: object, size: str, seed: int, calibrated: bool, options: tuple):
+    """The detector, and torch's random state behind it. _init: `light_networks` makes others."""
+    return random_detector(size, seed, calibrated, **dict(options)), torch.get_rng_state()
 
 
 @torch.no_grad()

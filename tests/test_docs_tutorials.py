@@ -31,6 +31,7 @@ from efficientad.model.synthetic import random_detector
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "docs" / "tutorials"
 PAGES = sorted(page.stem for page in TUTORIALS.glob("*.md"))
+SLOW = ("anomalib-model", "large-images")
 WITH_COMMANDS = ["README.md", "CONTRIBUTING.md", "docs/index.md"]
 
 # Page -> (what a block says, what is run instead): fewer steps, fewer and smaller pictures.
@@ -218,7 +219,7 @@ def assert_shown(block: Block, output: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(p, marks=pytest.mark.slow) if p == "large-images" else p for p in PAGES]
+    "page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PAGES]
 )
 def test_every_block_runs_and_prints_what_the_page_shows(page, folder):
     session, output = Session(folder), ""

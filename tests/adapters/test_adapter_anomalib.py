@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from efficientad.adapters import anomalib as adapter
 from efficientad.adapters.anomalib import accelerate
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 def slow(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -14,6 +14,8 @@ from efficientad.fast.folded_network import FoldedNetwork
 from efficientad.model.precision import stored_precision
 from efficientad.utils.devices import cpu_convolves_bfloat16
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -18,6 +18,8 @@ from efficientad.checkpoint.native_file import save
 from efficientad.checkpoint.safe_pickle import CheckpointError
 from efficientad.utils.files import digest_of
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 def make_detector(seed: int = 0, calibrated: bool = True, **options) -> EfficientAD:
     torch.manual_seed(seed)

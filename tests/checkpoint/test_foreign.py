@@ -121,6 +121,7 @@ def test_anomalib_padded_export(tmp_path):
     assert_same_maps(detector, padded.raw_maps(IMAGE))
 
 
+@pytest.mark.slow
 def test_anomalib_medium_state_dict_in_half(tmp_path):
     medium = foreign.anomalib_model(seed=3, medium=True).half()
     path = tmp_path / "state.pth"

@@ -18,6 +18,8 @@ from efficientad.fast.frame_inputs import read_frame
 from efficientad.results.prediction import Prediction
 from efficientad.utils.checks import check_number
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(scope="module")
 def model() -> ead.EfficientAD:

@@ -17,6 +17,8 @@ from efficientad.cli.main import main
 from efficientad.data import decoding
 from efficientad.evaluation.evaluation import Evaluation
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):

@@ -17,6 +17,8 @@ from efficientad.fast.folded_network import network_name
 
 DARK = 16  # times darker than what the detector was calibrated on
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(autouse=True)
 def fast_bfloat16(monkeypatch):

@@ -22,6 +22,8 @@ from efficientad.results.output_folder import ResultFolder
 from efficientad.results.prediction import Prediction
 from efficientad.results.progress import PROGRESS, read_progress
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(scope="module")
 def detector() -> ead.EfficientAD:

@@ -18,6 +18,8 @@ from efficientad.training import fitting
 MASK = np.zeros((300, 400), dtype=bool)
 MASK[80:200, 100:300] = True
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 def run(*words) -> int:
     return main([str(word) for word in words])

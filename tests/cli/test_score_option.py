@@ -12,6 +12,8 @@ import efficientad as ead
 from efficientad.cli.main import main
 from efficientad.training import fitting
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 def run(*words) -> int:
     return main([str(word) for word in words])

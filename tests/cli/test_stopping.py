@@ -21,6 +21,8 @@ from efficientad.training.trainer import Trainer
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(autouse=True)
 def default_handlers():

@@ -16,7 +16,7 @@ from efficientad.data.remarks import ValueRangeWarning
 from efficientad.training.settings import PenaltyWarning
 
 RANGE = (0.0, 4095.0)
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = pytest.mark.usefixtures("light_networks", "unmeasured")
 
 
 def to12(pixels: np.ndarray) -> np.ndarray:
@@ -126,6 +126,7 @@ def test_fit_keeps_it_and_warns_without_it(pictures):
         ead.fit(pictures[1], **options)
 
 
+@pytest.mark.slow
 def test_an_export_says_its_range(detectors, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

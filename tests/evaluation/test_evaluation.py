@@ -17,6 +17,8 @@ import efficientad as ead
 from efficientad.data.datasets import DataSet, Sample
 from efficientad.data.layouts import open_dataset
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(scope="module")
 def model() -> ead.EfficientAD:

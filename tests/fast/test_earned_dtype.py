@@ -19,6 +19,8 @@ from efficientad.ops import amx_conv
 
 SCORES = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 def model(error: float | None) -> EfficientAD:
     """A detector with such an error in bfloat16; None: from before it was measured."""

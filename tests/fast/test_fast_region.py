@@ -163,7 +163,13 @@ def test_defects_outside_are_no_regions_even_below_the_lowest_value(predictor):
 
 
 @pytest.mark.parametrize(
-    ("size", "padding"), [((256, 256), 4), ((90, 300), 4), ((40, 31), 4), ((56, 56), 0)]
+    ("size", "padding"),
+    [
+        pytest.param((256, 256), 4, marks=pytest.mark.slow),
+        ((90, 300), 4),
+        ((40, 31), 4),
+        ((56, 56), 0),
+    ],
 )
 def test_the_kernels_backend_gives_the_torch_backends_maps(model, device, size, padding):
     kind = torch.device(device)

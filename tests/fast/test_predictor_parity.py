@@ -70,7 +70,7 @@ COMBINATIONS = [
 @pytest.mark.parametrize(
     ("size", "padding", "image_size"),
     [
-        pytest.param(*c, marks=[] if c[2] == (256, 256) and c[0] == "S" else pytest.mark.slow)
+        pytest.param(*c, marks=[] if c == ("S", False, (256, 256)) else pytest.mark.slow)
         for c in COMBINATIONS
     ],
 )

@@ -25,7 +25,7 @@ from efficientad.model.good_images import GoodImageWarning
 from efficientad.results.plain_path import predict
 from efficientad.training.pictures import TrainingImages
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = pytest.mark.usefixtures("light_networks", "unmeasured")
 
 
 def write_images(folder, n, size=(256, 256), seed=0):

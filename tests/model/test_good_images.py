@@ -23,7 +23,7 @@ from efficientad.model import calibration
 from efficientad.model.calibration import ChannelStatistics, calibrate, check_scale
 from efficientad.model.good_images import odd_images
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = pytest.mark.usefixtures("light_networks", "unmeasured")
 
 
 def write(folder: Path, **pictures: np.ndarray) -> Path:

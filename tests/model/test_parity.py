@@ -16,8 +16,8 @@ TOLERANCE = 1e-5
     [
         ("S", False, True, (256, 256)),
         ("S", False, True, (257, 391)),
-        ("S", True, True, (256, 256)),
-        ("S", False, False, (256, 256)),
+        pytest.param("S", True, True, (256, 256), marks=pytest.mark.slow),
+        pytest.param("S", False, False, (256, 256), marks=pytest.mark.slow),
         pytest.param("M", False, True, (256, 256), marks=pytest.mark.slow),
     ],
 )

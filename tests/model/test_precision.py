@@ -16,6 +16,8 @@ SCORES = [0.010, 0.020, 0.025, 0.030, 0.040, 0.045]
 QUARTILES = float(np.subtract(*np.quantile(SCORES, (0.75, 0.25))))
 SPREAD = min(float(np.std(SCORES)), QUARTILES)
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 def moved(by: float) -> list[float]:
     return [SCORES[0], SCORES[1] - by, *SCORES[2:]]

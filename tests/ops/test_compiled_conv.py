@@ -298,7 +298,7 @@ def small():
 
 @pytest.mark.parametrize(
     ("size", "padding"),
-    [("S", False), ("S", True), ("M", False)],
+    [("S", False), ("S", True), pytest.param("M", False, marks=pytest.mark.slow)],
 )
 def test_the_compiled_network_is_the_one_in_torch(size, padding, small, monkeypatch):
     plain_small = (size, padding) == ("S", False)

@@ -15,7 +15,7 @@ from efficientad.ops import reference
     ("size", "padding", "shape"),
     [
         ("S", False, (256, 256)),
-        ("S", True, (256, 256)),
+        pytest.param("S", True, (256, 256), marks=pytest.mark.slow),
         pytest.param("M", False, (256, 256), marks=pytest.mark.slow),
         pytest.param("M", True, (256, 320), marks=pytest.mark.slow),
         pytest.param("S", False, (300, 413), marks=pytest.mark.slow),

@@ -26,6 +26,8 @@ from efficientad.utils.files import replace_file, write_text
 
 THRESHOLD = 0.5
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory) -> Path:

@@ -14,6 +14,8 @@ from PIL import Image
 import efficientad as ead
 from efficientad.results.prediction import is_anomalous
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(scope="module")
 def model() -> ead.EfficientAD:

@@ -21,6 +21,8 @@ from efficientad.utils import processes
 FRAME = helpers.frames(1, seed=5)[0]
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 
+pytestmark = pytest.mark.usefixtures("light_networks")
+
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
