@@ -129,7 +129,11 @@ def run_predict(options: argparse.Namespace) -> int:
                 except (ImageError, OSError) as error:
                     folder.fail(path, f"scored, but not readable again: {error}")
                     continue
-                folder.add(prediction, path, names[index], image=image)
+                try:
+                    folder.add(prediction, path, names[index], image=image)
+                except ImageError as error:  # of a file that is read by parts
+                    folder.fail(path, f"scored, but not readable again: {error}")
+                    continue
                 progress("images", len(kept) + prediction.index + 1, len(paths))
         complete = True
     finally:  # also when it is interrupted: hours of scores

@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from efficientad.data.datasets import GOOD, DataSet, Sample, Saturation, split_validation
-from efficientad.data.folder_names import (
+from efficientad.data.image_files import (
+    find_images,
     is_good_name,
+    is_image,
     is_nearly_good_name,
+    left_out,
     plain_name,
     says_not_good,
 )
-from efficientad.data.image_files import find_images, is_image, left_out
 from efficientad.data.mask_files import MASK_FOLDERS, MaskFiles, looks_like_mask
 from efficientad.data.tables import (
     LISTS,
@@ -49,7 +51,7 @@ def open_dataset(
     layout: one of LAYOUTS, or "auto" to recognise it by content. "mvtec2" is MVTec AD 2.
 
     Folders are found in any case, and good ones may be called good, ok, normal and the like
-    (`data.folder_names`). "folder" takes every image below root as good and has no test images.
+    (`data.image_files`). "folder" takes every image below root as good and has no test images.
     "auto" takes for one only images that lie in a single folder, whose name does not say that they
     are not good. What a layout has no place for is named in the data set's notes.
 

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficientad.data.folder_names import plain_name
-from efficientad.data.image_files import is_image
+from efficientad.data.image_files import is_image, plain_name
 from efficientad.utils.files import listed
 from efficientad.utils.folders import files_below, subfolders
 

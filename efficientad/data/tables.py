@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from efficientad.data.datasets import GOOD, DataSet, Sample, split_validation
-from efficientad.data.folder_names import is_good_name, plain_name
+from efficientad.data.image_files import is_good_name, plain_name
 from efficientad.utils.files import listed
 from efficientad.utils.folders import subfolders, visible
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficientad.data.tiff_parts import tiff_parts
 from efficientad.fast.frame_inputs import FramePredictor, read_frame
 from efficientad.model.image_score import image_score, pixels_of
 from efficientad.model.networks import feature_size
@@ -157,7 +158,8 @@ def predict_large(
     trained and calibrated on tiles of the same resolution.
 
     Memory on the predictor's device beside the predictor's own: the image's map in float32 and the
-    maps of `batch` tiles.
+    maps of `batch` tiles. The pixels of a large TIFF file are read tile by tile, where its kind
+    allows (`data.tiff_parts`); other images are held as a whole, 3 bytes a pixel.
 
     Args:
         predictor: a FastPredictor.
@@ -168,8 +170,8 @@ def predict_large(
 
     Returns:
         The prediction of one frame: tensors on the predictor's device, `anomaly_map` (H, W) float32
-        at the frame's size. The score is NaN if it is in any tile. The predictor's `counters` count
-        tiles.
+        at the frame's size, `image` the frame, or a `TiffParts` of it. The score is NaN if it is in
+        any tile. The predictor's `counters` count tiles.
 
     Raises:
         ImageError: a frame that cannot be read.
@@ -181,7 +183,8 @@ def predict_large(
             "the detector has a region, which is of whole frames, and tiles are parts of one: use "
             "the plain call, or a detector without a region"
         )
-    frame = read_frame(source, predictor.value_range, in_tiles=True)
+    parts = tiff_parts(source, predictor.value_range)
+    frame = read_frame(source, predictor.value_range, in_tiles=True) if parts is None else parts
     size, tile = tuple(frame.shape[:2]), predictor.image_size
     check_tiles(size, tile, overlap)
     if batch is None:

@@ -199,7 +199,7 @@ class ResultFolder:
         """Write one image's pictures, named `name` without suffix, and remember its row.
 
         image: uint8 (H, W, 3), for the pictures. Where they cannot be written the image is among
-        `failed`, and its score is kept.
+        `failed`, and its score is kept. ImageError: of a `TiffParts` that cannot be read any more.
         """
         written: list[str] = []
         failed = len(self.failed)
@@ -226,10 +226,10 @@ class ResultFolder:
             "label": label,
             "regions": None if regions is None else [r.to_dict() for r in regions],
         }
-        self.rows.append(row)
         shown, heat = thumbnail(
             image, prediction.anomaly_map, self.threshold, region=prediction.region
         )
+        self.rows.append(row)
         item = ReportItem(
             name=str(name),
             score=prediction.score,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from efficientad.data.samples import strips
+from efficientad.data.tiff_parts import TiffParts
 from efficientad.model.map_rule import MAP_AT_QB
 from efficientad.model.region import resized
 
@@ -53,9 +55,10 @@ def _table() -> np.ndarray:
     return np.rint(np.stack(channels, 1)).astype(np.uint8)
 
 
-def check_image(image: np.ndarray) -> np.ndarray:
-    """The image as an array; ValueError unless it is uint8 (H, W, 3) and not empty."""
-    image = np.asarray(image)
+def check_image(image: Any) -> Any:
+    """The image as an array, or the parts of one; ValueError unless it is uint8 (H, W, 3)."""
+    if not isinstance(image, TiffParts):
+        image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"image is {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
     return image
@@ -169,7 +172,7 @@ def overlay(
         ValueError: wrong shape or dtype, or strength outside 0..1.
     """
     image = check_image(image)
-    out = np.empty_like(image, order="C")
+    out = np.empty(image.shape, np.uint8)
     for rows, part in overlay_strips(
         image, anomaly_map, threshold, strength=strength, contour=contour, region=region
     ):

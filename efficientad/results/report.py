@@ -94,7 +94,8 @@ def thumbnail(
     ratio = min(1.0, side / max(height, width))
     step = max(height, width) // (_OVERSAMPLED * side)
     if step > 1:  # every step-th pixel: Pillow would hold a second copy of a large picture
-        image = np.ascontiguousarray(image[::step, ::step])
+        image = image[::step, ::step]
+    image = np.ascontiguousarray(image)
     if ratio < 1:
         size = max(1, round(width * ratio)), max(1, round(height * ratio))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from efficientad.data.folder_names import is_good_name, is_nearly_good_name
+from efficientad.data.image_files import is_good_name, is_nearly_good_name
 from efficientad.data.layouts import open_dataset
 
 

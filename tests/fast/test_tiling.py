@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import helpers
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 
 import efficientad as ead
+from efficientad.cli.main import main
+from efficientad.data import decoding, tiff_parts
 from efficientad.fast.backends import TorchBackend
 from efficientad.fast.predictor import FastPredictor
 from efficientad.fast.tiling import (
@@ -23,6 +27,7 @@ from efficientad.fast.tiling import (
     tiled_anomaly_map,
 )
 from efficientad.model.networks import feature_size
+from efficientad.results.report import thumbnail
 
 BOUND = 1e-4  # float32, of max(0.1, largest |map|)
 TILE = (256, 256)
@@ -316,3 +321,48 @@ def test_real_pictures_in_a_file(predictor, tmp_path):
     found = predict_large(predictor, tmp_path / "a.png")
     assert torch.equal(found.anomaly_map, predict_large(predictor, frame).anomaly_map)
     assert found.overlay().size == (400, 300)
+
+
+def test_a_large_tiff_is_read_tile_by_tile(predictor, tmp_path, monkeypatch):
+    """The same map and pictures, and the file is not decoded as a whole."""
+    monkeypatch.setattr(tiff_parts, "LEAST_PIXELS", 1)
+    monkeypatch.setattr(decoding, "_pixels", None)
+    frame = picture(400, 700)
+    tifffile.imwrite(
+        tmp_path / "a.tif", frame, photometric="rgb", compression="zlib", tile=(64, 64)
+    )
+    expected = predict_large(predictor, frame, overlap=48).cpu()
+    found = predict_large(predictor, tmp_path / "a.tif", overlap=48).cpu()
+    assert isinstance(found.image, tiff_parts.TiffParts)
+    assert found.source_size == (400, 700)
+    np.testing.assert_array_equal(found.anomaly_map, expected.anomaly_map)
+    assert found.score == expected.score
+    np.testing.assert_array_equal(np.asarray(found.overlay()), np.asarray(expected.overlay()))
+    pictures = [
+        thumbnail(p.image, p.anomaly_map, 0.08, side=side)
+        for p in (found, expected)
+        for side in (16, 192)
+    ]
+    assert pictures[:2] == pictures[2:]
+
+
+def test_the_command_writes_of_parts_what_it_writes_of_the_whole(model, tmp_path, monkeypatch):
+    ead.save(model, tmp_path / "a.safetensors")
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(256, 400), photometric="rgb", rowsperstrip=32)
+    words = ["predict", str(tmp_path / "a.safetensors"), str(path), "--tiles", "48"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(tiff_parts, "LEAST_PIXELS", 1)
+    assert main([*words, "--out", str(tmp_path / "parts")]) == 0
+    for name in ("scores.json", "report.html", "overlays/a.png", "maps/a.tiff"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    def vanish(*_, **__):
+        path.unlink()
+        return []
+
+    monkeypatch.setattr("efficientad.results.prediction.Prediction.regions", vanish)
+    assert main([*words, "--out", str(tmp_path / "gone"), "--no-overlays"]) == 1
+    document = json.loads((tmp_path / "gone" / "scores.json").read_text())
+    assert document["images"] == []
+    assert "scored, but not readable again" in document["failed"][0]["reason"]
