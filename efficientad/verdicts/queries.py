@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -180,9 +181,10 @@ def course(
 
     Returns:
         parts; threshold; stretches of as many parts each, oldest first: number and time of the
-        first and the last one, parts, anomalous, and median and 95 % quantile of the scores that
-        are numbers, or None; calibration: parts, low, median, high (see `BAND`), or None; drift:
-        the fields of `Drift`, `since` as number and time of a part, or None; reason: a sentence
+        first and the last one, parts, anomalous, median and 95 % quantile of the scores that are
+        numbers, or None, and map_mean, the median of the maps' means, or None; calibration: parts,
+        low, median, high (see `BAND`), map_mean: the same three, or None; or None; drift: the
+        fields of `Drift`, each `since` as number and time of a part, or None; reason: a sentence
         where there is no drift to speak of.
     """
     # What is appended keeps a database from an index that it would have to sort.
@@ -198,16 +200,17 @@ def course(
     count = max(1, min(MOST_STRETCHES, len(rows) // LEAST_STRETCH))
     edges = [i * len(rows) // count for i in range(count + 1)]
     stretches = [
-        _stretch(rows[start:end], scores[start:end])
+        _stretch(rows[start:end], scores[start:end], means[start:end])
         for start, end in itertools.pairwise(edges)
         if end > start
     ]
     band = None
     if calibration:
-        known = calibration.scores
-        low, high = np.quantile(known, BAND)
-        middle = float(np.median(known))
-        band = {"parts": len(known), "low": float(low), "median": middle, "high": float(high)}
+        band = {
+            "parts": len(calibration.scores),
+            **_band(calibration.scores),
+            "map_mean": None if calibration.map_means is None else _band(calibration.map_means),
+        }
     drift, reason = None, None
     if not calibration:
         reason = "The detector's file holds no scores of a calibration to compare with."
@@ -230,15 +233,21 @@ def course(
     }  # fmt: skip
 
 
-def _stretch(rows: list[Any], scores: np.ndarray) -> dict[str, Any]:
+def _band(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = np.quantile(values, (BAND[0], 0.5, BAND[1])).tolist()
+    return {"low": low, "median": middle, "high": high}
+
+
+def _stretch(rows: list[Any], scores: np.ndarray, means: np.ndarray) -> dict[str, Any]:
     """A row of `course`."""
-    finite = scores[np.isfinite(scores)]
+    finite, means = scores[np.isfinite(scores)], means[np.isfinite(means)]
     median, high = np.quantile(finite, (0.5, 0.95)).tolist() if len(finite) else (None, None)
     return {
         "first": rows[0]["id"], "last": rows[-1]["id"],
         "from": as_text(rows[0]["time"]), "to": as_text(rows[-1]["time"]),
         "parts": len(rows), "anomalous": sum(row["is_anomalous"] == 1 for row in rows),
         "median": median, "high": high,
+        "map_mean": float(np.median(means)) if len(means) else None,
     }  # fmt: skip
 
 

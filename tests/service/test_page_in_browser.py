@@ -171,27 +171,29 @@ def test_history_one_part_and_its_map(tmp_path, opened):
 
 
 def test_the_course_of_the_scores_shows_since_when_they_drift(tmp_path, opened):
-    calibration = Calibration([0.2 + i / 1000 for i in range(100)])
+    known = [0.2 + i / 1000 for i in range(100)]
+    calibration = Calibration(known, [score / 16 for score in known])  # a patch of 1 in 16 cells
     with service(tmp_path, calibration=calibration) as running:
         for i in range(60):
             running.call("POST", "/predict", picture((0.2, 0.3)[i >= 30] + i % 10 / 100))
         page = opened(running)
         page.locator("nav").get_by_text("Drift").click()
         expect(page.locator(".says")).to_contain_text(
-            re.compile(r"Drift of the score since part (3\d|2\d),")
+            re.compile(r"Drift of the score and map's mean since part (3\d|2\d),")
         )
-        expect(page.locator(".course .since")).to_have_count(2)  # the line and its words
-        expect(page.locator(".stretch")).to_have_count(6)
+        # In both charts, of the scores and of the maps' means: the line and its words.
+        expect(page.locator(".course .since")).to_have_count(4)
+        expect(page.locator(".stretch")).to_have_count(12)
         expect(page.locator(".course .legend")).to_contain_text("threshold 0.500")
         marks = page.evaluate(
             "[...document.querySelectorAll('.course polyline')].map(p => p.points.numberOfItems)"
         )
-        assert marks == [6, 6]
+        assert marks == [6, 6, 6]
         running.call("POST", "/predict", picture(0.2))
         page.get_by_role("button", name="New parts").click()
         expect(page.locator(".course .head")).to_contain_text("the last 61 parts")
         page.get_by_label("Newest parts, at most").select_option("1,000")
-        expect(page.locator(".says")).to_contain_text("Drift of the score since part")
+        expect(page.locator(".says")).to_contain_text("Drift of the score and map's mean since")
         page.locator(".stretch").last.click()
         expect(page.locator(".side dl")).to_contain_text("61")
 

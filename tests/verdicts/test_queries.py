@@ -175,17 +175,18 @@ def test_the_bound_is_the_exact_one(found, of):
     assert stats.binom.cdf(found, of, bound) == pytest.approx(0.05 if found < of else 1.0)
 
 
-def went(store: Store, scores, threshold: float | None = 0.5, **changes) -> None:
+def went(store: Store, scores, threshold: float | None = 0.5, means=None, **changes) -> None:
     """Parts of a detector, one second after another."""
     values = {"model": "screw", "digest": "d", **changes}
+    means = [None] * len(scores) if means is None else means
     rows = [
-        (float(i), values["model"], values["digest"], None if score != score else score,
+        (float(i), values["model"], values["digest"], None if score != score else score, mean,
          None if threshold is None else not score <= threshold)
-        for i, score in enumerate(scores)
+        for i, (score, mean) in enumerate(zip(scores, means, strict=True))
     ]  # fmt: skip
     statement = (
-        "INSERT INTO verdicts (time, model, digest, score, is_anomalous, height, width, boxes, "
-        "bytes) VALUES (?, ?, ?, ?, ?, 1, 1, '[]', 0)"
+        "INSERT INTO verdicts (time, model, digest, score, map_mean, is_anomalous, height, width, "
+        "boxes, bytes) VALUES (?, ?, ?, ?, ?, ?, 1, 1, '[]', 0)"
     )
     store.submit(lambda step: [step.db.execute(statement, row) for row in rows]).result()
 
@@ -237,6 +238,7 @@ def test_a_course_stands_beside_the_calibration(store):
     assert (band["parts"], band["median"]) == (200, pytest.approx(np.median(KNOWN)))
     assert band["low"] == pytest.approx(np.quantile(KNOWN, 0.05))
     assert band["high"] == pytest.approx(np.quantile(KNOWN, 0.95))
+    assert (band["map_mean"], found["stretches"][0]["map_mean"]) == (None, None)
     assert (found["drift"]["drifted"], found["drift"]["since"]) == (False, None)
     assert found["reason"] is None
     json.dumps(found, allow_nan=False)
@@ -256,6 +258,21 @@ def test_a_course_names_the_part_from_which_on_scores_drift(store):
     assert drift["map_mean"] is None
     newest = course(store, calibration=CALIBRATION, parts=150)["drift"]
     assert newest["since"]["id"] == 307 + find_drift(HIGHER, CALIBRATION, 0.5).since + 1
+
+
+def test_a_course_of_the_map_means_beside_the_scores(store):
+    means = [0.02 + 0.001 * (i % 10) for i in range(200)] + [0.08] * 100
+    went(store, LIKE_IT, means=means)
+    known = Calibration(KNOWN, [0.02 + 0.001 * (i % 10) for i in range(200)])
+    found = course(store, calibration=known)
+    assert found["stretches"][0]["map_mean"] == pytest.approx(np.median(means[:10]))
+    assert found["stretches"][-1]["map_mean"] == pytest.approx(0.08)
+    assert found["calibration"]["map_mean"]["median"] == pytest.approx(0.0245)
+    drift = found["drift"]
+    assert (drift["score"]["since"], drift["drifted"]) == (None, True)
+    assert drift["since"] == drift["map_mean"]["since"]
+    assert abs(drift["since"]["id"] - 201) < 10
+    json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -375,36 +375,47 @@ function ticks(low, high) { // round numbers, some five of them
   return found;
 }
 
-function courseChart(found) {
-  const width = 1000, height = 300, { stretches, calibration, threshold, drift } = found;
+function scoreRange({ stretches, calibration, threshold }) {
   const highs = stretches.map((one) => one.high).filter((x) => x !== null);
   const marks = [threshold, calibration?.high, ...highs].filter((x) => x !== null && x !== undefined);
   let top = Math.max(1e-6, ...marks);
   if (threshold > 0) top = Math.min(top, 2 * threshold); // higher ones are cut
-  const low = Math.min(0, calibration?.low ?? 0, ...stretches.map((one) => one.median ?? 0)), high = low + 1.08 * (top - low);
-  const y = (score) => height - ((Math.min(score, high) - low) / (high - low)) * height;
+  const low = Math.min(0, calibration?.low ?? 0, ...stretches.map((one) => one.median ?? 0));
+  return [low, low + 1.08 * (top - low)];
+}
+
+function meanRange({ stretches, calibration }) {
+  const band = calibration?.map_mean, values = stretches.map((one) => one.map_mean).filter((x) => x !== null);
+  const all = band ? [...values, band.low, band.high] : values, low = Math.min(...all), high = Math.max(...all);
+  const room = 0.15 * (high - low) || 1e-3;
+  return [low - room, high + room];
+}
+
+function courseChart(found, { title, kind, keys, band, limit, range: [low, high], since }) {
+  const width = 1000, height = 300, { stretches } = found;
+  const y = (value) => height - ((Math.min(value, high) - low) / (high - low)) * height;
   const total = Math.max(1, found.parts);
   const places = []; // left edge and width of each stretch: as wide as it has parts
   stretches.reduce((sum, one) => { places.push([(sum / total) * width, (one.parts / total) * width]); return sum + one.parts; }, 0);
-  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": "course of the scores" });
+  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `course of the ${title}` });
   const scale = ticks(low, high).filter(([value]) => y(value) > 4);
   svg.append(...scale.map(([value]) => make("line", { class: "tick", x1: 0, x2: width, y1: y(value), y2: y(value) })));
-  if (calibration) {
-    svg.append(make("rect", { class: "band", x: 0, width, y: y(calibration.high), height: Math.max(1, y(calibration.low) - y(calibration.high)) }));
-    svg.append(make("line", { class: "middle", x1: 0, x2: width, y1: y(calibration.median), y2: y(calibration.median) }));
+  if (band) {
+    svg.append(make("rect", { class: "band", x: 0, width, y: y(band.high), height: Math.max(1, y(band.low) - y(band.high)) }));
+    svg.append(make("line", { class: "middle", x1: 0, x2: width, y1: y(band.median), y2: y(band.median) }));
   }
   const path = (key) => {
     const known = stretches.map((one, i) => [places[i][0] + places[i][1] / 2, one[key]]).filter(([, value]) => value !== null);
     const points = known.length === 1 ? [[0, known[0][1]], [width, known[0][1]]] : known; // one point would not show
     return points.map(([x, value]) => `${x.toFixed(1)},${y(value).toFixed(1)}`).join(" ");
   };
-  svg.append(make("polyline", { class: "high", points: path("high") }), make("polyline", { class: "median", points: path("median") }));
-  if (threshold !== null) svg.append(make("line", { class: "limit", x1: 0, x2: width, y1: y(threshold), y2: y(threshold) }));
+  svg.append(...keys.map(([key, kind]) => make("polyline", { class: kind, points: path(key) })));
+  if (limit !== null) svg.append(make("line", { class: "limit", x1: 0, x2: width, y1: y(limit), y2: y(limit) }));
   const marked = [];
-  if (drift?.since) {
-    const at = stretches.findIndex((one) => one.last >= drift.since.id);
+  if (since) {
+    const at = stretches.findIndex((one) => one.last >= since.id);
     const [x, wide] = places[at], part = stretches[at];
-    const inside = part.last > part.first ? (drift.since.id - part.first) / (part.last - part.first) : 0;
+    const inside = part.last > part.first ? (since.id - part.first) / (part.last - part.first) : 0;
     const place = x + wide * inside;
     svg.append(make("line", { class: "since", x1: place, x2: place, y1: 0, y2: height }));
     const right = place > 0.75 * width; // the words beside the line, where there is room
@@ -413,16 +424,28 @@ function courseChart(found) {
   stretches.forEach((one, i) => {
     const bar = make("rect", { class: "stretch", x: places[i][0], width: places[i][1], y: 0, height });
     bar.append(make("title", {}, `${when({ time: one.from })} to ${when({ time: one.to })}: ${count(one.parts)} parts, ${count(one.anomalous)} anomalous` +
-      (one.median === null ? "" : `, median ${figure(one.median)}, 95 % below ${figure(one.high)}`)));
+      (one.median === null ? "" : `, median ${figure(one.median)}, 95 % below ${figure(one.high)}`) +
+      (one.map_mean === null ? "" : `, map's mean ${figure(one.map_mean)}`)));
     bar.addEventListener("click", () => (location.hash = `part/${one.last}`));
     svg.append(bar);
   });
-  return make("div", { className: "chart" },
+  return make("div", { className: `chart ${kind}` }, make("div", { className: "what soft" }, title),
     make("div", { className: "scale number" }, ...scale.map(([value, text]) => make("span", { style: `top:${(100 * y(value)) / height}%` }, text))),
-    make("div", { className: "plot" }, svg, ...marked),
-    make("div", { className: "axis number" }, make("span", {}, when({ time: stretches[0].from })),
-      make("span", {}, `${count(stretches.length)} stretches of about ${count(Math.round(found.parts / stretches.length))} parts`),
-      make("span", {}, when({ time: stretches[stretches.length - 1].to }))));
+    make("div", { className: "plot" }, svg, ...marked));
+}
+
+function courseCharts(found) {
+  const { stretches, calibration, threshold, drift } = found, charts = [courseChart(found, {
+    title: "score", kind: "tall", keys: [["high", "high"], ["median", "median"]], band: calibration, limit: threshold,
+    range: scoreRange(found), since: drift?.score?.since })];
+  if (stretches.some((one) => one.map_mean !== null)) charts.push(courseChart(found, {
+    title: "mean of the map", kind: "low", keys: [["map_mean", "median"]], band: calibration?.map_mean, limit: null,
+    range: meanRange(found), since: drift?.map_mean?.since }));
+  const last = charts[charts.length - 1];
+  last.append(make("div", { className: "axis number" }, make("span", {}, when({ time: stretches[0].from })),
+    make("span", {}, `${count(stretches.length)} stretches of about ${count(Math.round(found.parts / stretches.length))} parts`),
+    make("span", {}, when({ time: stretches[stretches.length - 1].to }))));
+  return charts;
 }
 
 function driftSays({ drift, reason, parts, stretches }, asked) {
@@ -431,8 +454,8 @@ function driftSays({ drift, reason, parts, stretches }, asked) {
   const above = `${count(drift.above)} of ${count(drift.images)} parts lie above the threshold; that many good ones would lie there with a chance of ${chance(drift.above_chance)}.`;
   if (drift.drifted === null) return ["No verdict: nearly all parts lie above the threshold.", `${above} Look at the parts: bad ones, or another light.`, "drifted"];
   const figures = [["score", drift.score], ["map's mean", drift.map_mean]].filter(([, one]) => one);
-  const test = `Below the threshold, ${count(drift.compared)} parts against ${count(drift.reference)} of the calibration: ` +
-    figures.map(([name, one]) => `${name}: distance ${one.distance.toFixed(3)}, p-value ${chance(one.p_value)}, median ${figure(one.medians[1])} against ${figure(one.medians[0])}`).join("; ") + ".";
+  const test = `Below the threshold, ${count(drift.compared)} parts against ${count(drift.reference)} of the calibration. ` +
+    figures.map(([name, one]) => `${name[0].toUpperCase()}${name.slice(1)}: distance ${one.distance.toFixed(3)}, p-value ${chance(one.p_value)}, median ${figure(one.medians[1])} against ${figure(one.medians[0])}`).join(". ") + ".";
   if (!drift.since) return ["No drift.", `${test} ${above}`, "steady"];
   const before = parts === asked && drift.since.id <= stretches[0].last ? ", or before" : "";
   const of = figures.filter(([, one]) => one.since).map(([name]) => name).join(" and ");
@@ -450,7 +473,7 @@ async function courseCard(model, parts) {
   head.append(make("span", { className: "space" }), make("span", { className: "legend" }, key("median", "median"), key("high", "95 % quantile"),
     calibration ? key("band", "calibration, 5 to 95 %") : null, threshold === null ? null : key("limit", `threshold ${figure(threshold)}`)));
   return make("section", { className: "card decide course" }, head, make("p", { className: `says number ${kind}`, role: "status" }, says),
-    courseChart(found), make("p", { className: "because number" }, because), open);
+    ...courseCharts(found), make("p", { className: "because number" }, because), open);
 }
 
 async function showDrift() {
