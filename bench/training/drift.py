@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from bench import record
-from efficientad.calibration.calibrating import calibrate
 from efficientad.checkpoint.loading import load
 from efficientad.demo.parts import write_dataset
 from efficientad.evaluation.drift import find_drift
 from efficientad.fast.predictor import FastPredictor
+from efficientad.model.calibration import calibrate
 from efficientad.model.trust import calibration_of
 from efficientad.training.fitting import fit
 
