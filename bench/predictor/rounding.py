@@ -40,6 +40,16 @@ def half(x: Tensor) -> Tensor:
     return x.half().float()
 
 
+def eight(x: Tensor) -> Tensor:
+    """In 8 bits: filters with a scale per output channel, activations with one per picture.
+
+    A calibrated scale per layer, as a processor's int8 would have it, can only be coarser.
+    """
+    steps = 255 if float(x.min()) >= 0 else 127  # behind a ReLU there is no sign
+    scale = (x.abs().amax((1, 2, 3), keepdim=True) / steps).clamp(min=1e-12)
+    return (x / scale).round() * scale
+
+
 def rounded_predictor(detector: EfficientAD, rounds: dict[str, Round]) -> FastPredictor:
     """A float32 predictor in which filters and inputs of the layers in `rounds` are rounded."""
 
@@ -82,6 +92,12 @@ def cases(detector: EfficientAD) -> dict[str, dict[str, Round]]:
     found["the same, the last layer as two, too"] = first | dict.fromkeys(_LAST, two)
     found["all as two numbers"] = dict.fromkeys(names, two)
     found["all, float16"] = dict.fromkeys(names, half)
+    best = found["all, bfloat16, layer 1 as two numbers"]
+    inner_names = [name for layer in layers[1:-1] for name in layer]
+    found["layer 2 in 8 bits, the others as best"] = best | dict.fromkeys(layers[1], eight)
+    found["inner layers in 8 bits, the others as best"] = best | dict.fromkeys(inner_names, eight)
+    most = dict.fromkeys([*inner_names, *_LAST], eight)
+    found["inner and last layers in 8 bits, the first as best"] = best | most
     return found
 
 
