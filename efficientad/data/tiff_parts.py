@@ -118,7 +118,10 @@ class TiffParts:
         if found is None:
             file.seek(self._page.dataoffsets[index])
             data = file.read(self._page.databytecounts[index])
-            found = self._decode(data, index)[0][0]
+            decoded, _, shape = self._decode(data, index)
+            if decoded is None or decoded.shape[:3] != shape[:3]:
+                raise ValueError(f"strip or tile {index} lacks some of its pixels")
+            found = decoded[0]
             self._bytes += found.nbytes
             while self._segments and self._bytes > self._most:
                 self._bytes -= self._segments.popitem(last=False)[1].nbytes

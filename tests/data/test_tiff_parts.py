@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -152,6 +153,24 @@ def test_a_part_that_cannot_be_read_any_more_is_an_image_error(tmp_path, layout)
     path.unlink()
     with pytest.raises(FileNotFoundError):
         parts[100:]
+
+
+@pytest.mark.parametrize("layout", ["deflate", "deflate in tiles, differences"])
+def test_a_strip_that_decodes_to_too_little_is_an_image_error(tmp_path, layout):
+    """As of the whole; the memory behind what is there would be anything."""
+    path = written(tmp_path / "a.tif", pixels(np.uint16), **LAYOUTS[layout])
+    with tifffile.TiffFile(path) as file:
+        offset, count = (x[-1] for x in (file.pages[0].dataoffsets, file.pages[0].databytecounts))
+    data = bytearray(path.read_bytes())
+    short = zlib.compress(zlib.decompress(bytes(data[offset : offset + count]))[:-2400])
+    data[offset : offset + count] = short.ljust(count, b"\0")
+    path.write_bytes(data)
+    with pytest.raises(ImageError):
+        read_image(path)
+    parts = made(path)
+    parts[:10, :10]
+    with pytest.raises(ImageError, match=r"cannot read .*a\.tif"):
+        parts[-1:, -1:]
 
 
 def test_wrong_indices_are_refused(tmp_path):
