@@ -183,8 +183,9 @@ def test_sigterm_ends_the_command_and_all_that_it_started(manifest, tmp_path):
     assert process.returncode == 130, err
     assert f"{PICTURES} pictures = " in out
     assert " left" in out
-    assert err.splitlines()[-1] == "efficientad archive: stopped"
-    assert all(line.startswith("pictures: ") for line in err.splitlines()[:-1])
+    *lines, last = err.splitlines()
+    assert last == "efficientad archive: stopped"
+    assert [line for line in lines if not line.startswith("pictures: ")] == []
     while any(Path(f"/proc/{pid}").exists() for pid in started):
         assert time.monotonic() < end
         time.sleep(0.5)
