@@ -177,16 +177,31 @@ def _move(match, instr, kernel):
     parts = len(dst if isinstance(dst, tuple) else source)
     part = np.dtype(f"u{whole.itemsize // parts}")
 
-    def step(m: Machine) -> None:
-        if isinstance(dst, tuple):
-            pieces = m.read(source, whole)[:, None].copy().view(part)
-            for i, name in enumerate(dst):
-                m.write(name, pieces[:, i])
-        else:
-            pieces = np.broadcast_arrays(*[m.read(name, part) for name in source])
-            m.write(dst, np.stack(pieces, 1).view(whole)[:, 0])
+    def unpack(m: Machine) -> None:
+        undefined = m.undefined.pop(source, set())
+        pieces = m.read(source, whole)[:, None].copy().view(part)
+        for i, name in enumerate(dst):
+            if i in undefined and name != "_":
+                raise Fault("uninitialised", f"part {i} of register {source}")
+            m.write(name, pieces[:, i])
+        if undefined:
+            m.undefined[source] = undefined
 
-    return step
+    def pack(m: Machine) -> None:
+        # Of a pair of which one is used LLVM leaves the other undefined: a register never written.
+        undefined = {i for i, name in enumerate(source) if _never_written(m, name)}
+        values = [np.zeros(1, part) if i in undefined else m.read(name, part)
+                  for i, name in enumerate(source)]  # fmt: skip
+        m.write(dst, np.stack(np.broadcast_arrays(*values), 1).view(whole)[:, 0])
+        if undefined:
+            m.undefined[dst] = undefined
+
+    return unpack if isinstance(dst, tuple) else pack
+
+
+def _never_written(m: Machine, name: object) -> bool:
+    known = not isinstance(name, str) or not name.startswith("%")
+    return not (known or name in m.regs or name in m.special)
 
 
 @instruction(r"prmt\.b32")

@@ -80,6 +80,7 @@ class Machine:
 
     Attributes:
         regs: name -> values.
+        undefined: name -> which of a register's parts hold nothing, see `arithmetic._move`.
         mask: threads that run the current instruction, its guard included; None: all.
         block, thread: of each simulated thread, counted from 0.
         released: threads that may touch global memory: the launches before have ended for them.
@@ -102,6 +103,7 @@ class Machine:
             "%laneid": self.thread % 32,
         }
         self.regs: dict[str, np.ndarray] = {}
+        self.undefined: dict[str, set[int]] = {}
         self.mask: np.ndarray | None = None
         self.everyone = np.ones(self.lanes, bool)
         self.path = Path(0, self.everyone)
@@ -122,6 +124,8 @@ class Machine:
         value = self.regs.get(operand)
         if value is None:
             value = self._symbol(operand)
+        if operand in self.undefined:
+            raise Fault("uninitialised", f"a part of register {operand}")
         if dtype.kind == "b" or value.dtype == dtype:
             return value
         if value.dtype.itemsize > dtype.itemsize:
@@ -153,6 +157,7 @@ class Machine:
             old = self.regs.get(name)
             value = np.where(self.mask, value, np.zeros(1, dtype) if old is None else old)
         self.regs[name] = value
+        self.undefined.pop(name, None)
 
     def address(self, operand: Address, dtype=np.uint64) -> np.ndarray:
         value = self.full(self.read(operand.base, np.dtype(dtype)))

@@ -148,6 +148,14 @@ def test_fault_with_an_early_start(name):
     check(recorded("90:strided, early")["90:strided, early"], EARLY[name])
 
 
+@pytest.mark.slow
+def test_the_half_of_a_pair_that_is_undefined_must_not_be_used():
+    """LLVM leaves it so in a kernel with packed arithmetic; it is thrown away there."""
+    name = "120:pack of channels first"
+    swapped = Mutant("uninitialised", r"mov\.b64(\s+)\{(%r\d+), _\}", r"mov.b64\1{_, \2}")
+    check(recorded(name)[name], swapped)
+
+
 @pytest.mark.parametrize("name", ASYNC)
 def test_fault_with_wgmma(name):
     check(recorded(*SMALL)["90:last"], ASYNC[name])
