@@ -47,9 +47,19 @@ def test_the_table_by_hand():
         ["b, instant", "0.700", "0.600", "0.500", "1.5", "1"],
         ["b, short", "0.950 (0.900 to 0.990)", "0.750 (0.750 to 0.750)",
          "0.500 (0.500 to 0.500)", "10.0", "3"],
-        ["mean of 2 sets, nearest neighbour", "0.950", "-", "-", "-", "-"],
-        ["mean of 2 sets, instant", "0.750", "-", "-", "-", "-"],
+        ["mean of 2 real sets, nearest neighbour", "0.950", "-", "-", "-", "-"],
+        ["mean of 2 real sets, instant", "0.750", "-", "-", "-", "-"],
     ]  # fmt: skip
+
+
+def test_drawn_parts_are_in_the_table_and_not_in_the_means():
+    drawn = [{**row, "dataset": "drawn_parts", "image_auroc": 0.5} for row in ROWS[:2]]
+    table = accuracy.accuracy_table([*ROWS, *drawn], "T")
+    plain = accuracy.accuracy_table(ROWS, "T").splitlines()
+    assert "drawn_parts, instant" in table
+    assert [line.split("|")[1:3] for line in table.splitlines()[-2:]] == [
+        line.split("|")[1:3] for line in plain[-2:]
+    ]
 
 
 def test_a_row_of_an_earlier_recipe_has_a_star_and_its_mean_too():
@@ -59,7 +69,7 @@ def test_a_row_of_an_earlier_recipe_has_a_star_and_its_mean_too():
     ]
     assert labels[2:] == [
         "a, nearest neighbour", "a, instant", "b, nearest neighbour *", "b, instant *",
-        "mean of 2 sets, nearest neighbour *", "mean of 2 sets, instant *",
+        "mean of 2 real sets, nearest neighbour *", "mean of 2 real sets, instant *",
     ]  # fmt: skip
 
 
