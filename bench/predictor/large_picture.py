@@ -12,7 +12,6 @@ network. Exit code 1 if one takes 12 or more.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -113,8 +112,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = measure(arguments.kinds, arguments.megapixels, arguments.options)
     if arguments.json is not None:
-        document = {"about": record.about(), "rows": rows}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        record.write(arguments.json, record.about(), rows)
     return int(any(row["bytes_a_pixel"] >= MOST for row in rows))
 
 

@@ -10,7 +10,6 @@ the scores and by the means of the maps. The detector in the output folder is ke
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -106,9 +105,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for parts and detector")
     parser.add_argument("--json", type=Path, default=record.RESULTS / "drift_demo.json")
     options = parser.parse_args()
-    rows = measure(options.out)
-    document = {"about": record.about(), "rows": rows}
-    options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    record.write(options.json, record.about(), measure(options.out))
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from efficientad.cli.common import EXIT_ANOMALY, EXIT_OK, UsageError, print_notes
 
 if TYPE_CHECKING:
-    from efficientad.evaluation.drift import Drift
+    from efficientad.evaluation.drift import Comparison, Drift
     from efficientad.results.stored_scores import Judgement, StoredScores
 
 _LISTED = 20  # images whose verdict changes
@@ -176,15 +176,20 @@ def _print_drift(stored: StoredScores, found: Drift) -> None:
         )
     else:
         print(f"below it: {found.compared}, compared with the calibration's {found.reference}:")
-        for name, one in (("score", found.score), ("map's mean", found.map_mean)):
-            if one is not None:
-                print(
-                    f"  {name:<10}  distance {one.distance:.3f}, p-value {one.p_value:.2g}, median "
-                    f"{one.medians[1]:.4g} against {one.medians[0]:.4g}"
-                )
+        for name, one in _figures(found).items():
+            print(
+                f"  {name:<10}  distance {one.distance:.3f}, p-value {one.p_value:.2g}, median "
+                f"{one.medians[1]:.4g} against {one.medians[0]:.4g}"
+            )
     print(_verdict(stored, found))
     if found.drifted is None:
         print("look at the images: bad parts, or another light", file=sys.stderr)
+
+
+def _figures(found: Drift) -> dict[str, Comparison]:
+    """What is compared, by its name in a sentence."""
+    pairs = {"score": found.score, "map's mean": found.map_mean}
+    return {name: one for name, one in pairs.items() if one is not None}
 
 
 def _verdict(stored: StoredScores, found: Drift) -> str:
@@ -192,7 +197,6 @@ def _verdict(stored: StoredScores, found: Drift) -> str:
         return "no verdict on drift: nearly all scores are above the threshold"
     if found.since is None:
         return "no drift"
-    pairs = (("score", found.score), ("map's mean", found.map_mean))
-    of = " and ".join(name for name, one in pairs if one is not None and one.since is not None)
+    of = " and ".join(name for name, one in _figures(found).items() if one.since is not None)
     path = stored.images[found.since].path
     return f"drift of the {of} since image {found.since + 1} of {found.images}, {path}"

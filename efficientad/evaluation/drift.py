@@ -114,12 +114,11 @@ def find_drift(
     found: dict[str, Comparison] = {}
     if len(inside) >= FEWEST:
         found = {name: _compare(*pair, len(figures)) for name, pair in figures.items()}
-    starts = [one.since for one in found.values() if one.since is not None]
-    since = int(inside[min(starts)]) if starts else None
     placed = {
         name: one if one.since is None else replace(one, since=int(inside[one.since]))
         for name, one in found.items()
     }
+    since = min((one.since for one in placed.values() if one.since is not None), default=None)
     return Drift(
         images=len(values),
         above=above,

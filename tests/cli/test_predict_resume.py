@@ -174,6 +174,21 @@ def test_lines_that_are_cut_or_foreign_are_not_read(four, model_file, scored):
     assert len(read_progress(four / "out").entries) == 4
 
 
+def test_a_line_of_an_older_version_is_scored_again(four, model_file, scored):
+    """It has no mean of the map, and would leave the whole run without."""
+    path = four / "out" / PROGRESS
+    lines = path.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if '"map_mean"' in line)
+    older = json.loads(lines[at])
+    del older["row"]["map_mean"]
+    lines[at] = json.dumps(older)
+    path.write_text("\n".join(lines) + "\n")
+    assert predict(model_file, four, "--resume") == 0
+    assert scored == [older["name"] + ".png"]
+    document = json.loads((four / "out" / "scores.json").read_text())
+    assert all(isinstance(row["map_mean"], float) for row in document["images"])
+
+
 @pytest.mark.parametrize("text", ["", "[]\n", '{"format": "other", "settings": {}}\n', "\0"])
 def test_a_file_of_another_kind_counts_as_none(four, model_file, scored, capsys, text):
     (four / "out" / PROGRESS).write_text(text)
