@@ -14,6 +14,7 @@ from torch import Tensor
 from efficientad import EfficientAD
 from efficientad.fast.folding import fold
 from efficientad.fast.fused_network import Plan, forward
+from efficientad.model.global_term import fitted, student_means
 from efficientad.model.networks import PDN
 from efficientad.model.synthetic import calibrate_on_own_maps, frames, images, random_detector
 from efficientad.ops import operators
@@ -23,6 +24,7 @@ __all__ = [
     "calibrate_on_own_maps",
     "compose",
     "detector",
+    "detector_with_term",
     "frames",
     "images",
     "interpreted",
@@ -38,6 +40,17 @@ def detector(
     model, state = _detector(*key)
     torch.set_rng_state(state)
     return copy.deepcopy(model)
+
+
+@torch.no_grad()
+def detector_with_term(slope: float = 0.3) -> EfficientAD:
+    """`detector` with a global term of some images, whose line begins at their mean distance."""
+    model = detector()
+    means = student_means(model.student(model.normalize(images(24))))
+    term = fitted(means)
+    term.set_line(slope, float(term.distance(means).mean()))
+    model.set_global_term(term)
+    return model
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from efficientad.checkpoint.safe_pickle import CheckpointError, LazyTensor
 from efficientad.model.detector import EfficientAD
+from efficientad.model.global_term import GlobalTerm
 from efficientad.model.image_score import ScoreRule
 from efficientad.model.map_rule import QUANTILE_NAMES, check_weight
 from efficientad.model.networks import PDN, TEACHER_CHANNELS
@@ -34,6 +35,7 @@ class Contents:
         region: bool of image_size, True where inspected, or None.
         score: "max" or a number of cells, see `EfficientAD.score`.
         autoencoder_weight: for the next calibration; the quantiles hold it already.
+        global_term: tensors of `GlobalTerm` by its names, or None.
     """
 
     size: str
@@ -52,6 +54,7 @@ class Contents:
     region: Tensor | None = None
     score: ScoreRule = "max"
     autoencoder_weight: float = 1.0
+    global_term: dict[str, Tensor] | None = None
 
 
 @functools.cache
@@ -115,6 +118,10 @@ def build_detector(contents: Contents) -> EfficientAD:
                     f"{detector.image_size}"
                 )
             detector.set_region(contents.region)
+        if contents.global_term is not None:
+            term = GlobalTerm()
+            term.load_state_dict(contents.global_term)
+            detector.set_global_term(term)
         for name, parameter in detector.named_parameters():
             parameter.copy_(read_finite(name, contents.weights[name]))
         if contents.normalization is not None:  # first: it clears statistics and quantiles

@@ -28,9 +28,10 @@ from efficientad.utils.files import digest_of, replace_file
 from efficientad.utils.processes import computing
 
 FORMAT = "efficientad"
-FORMAT_VERSION = 4  # 1: the checksum was that of the tensors alone
+FORMAT_VERSION = 5  # 1: the checksum was that of the tensors alone
 # What a file does not have, packages of before it need not know: they read it, too.
-WITHOUT_SCORE = 3  # the version of a file whose score is the maximum
+WITHOUT_GLOBAL_TERM = 4  # the version of a file without one
+WITHOUT_SCORE = 3  # and whose score is the maximum
 WITHOUT_REGION = 2  # and that has no region
 # Relative. Measured on S and M: another thread count, memory layout or convolution library, or
 # float64, changes a golden value by at most 4e-7; two layers swapped or a filter mirrored, by about
@@ -46,6 +47,11 @@ _BUFFERS = {
     "teacher_mean": (1, 384, 1, 1),
     "teacher_std": (1, 384, 1, 1),
     "quantiles": (4,),
+}
+_GLOBAL_TERM = {
+    "global_term.mean": (384,),
+    "global_term.whitening": (384, 384),
+    "global_term.line": (2,),
 }
 _REGION = "region"  # uint8 (height, width) of the network's input, 1 where it is inspected
 
@@ -82,7 +88,9 @@ def save(detector: EfficientAD, path: str | os.PathLike) -> None:
         config["autoencoder_weight"] = detector.autoencoder_weight
     version = WITHOUT_REGION if detector.region is None else WITHOUT_SCORE
     if detector.score != "max":
-        config["score"], version = detector.score, FORMAT_VERSION
+        config["score"], version = detector.score, WITHOUT_GLOBAL_TERM
+    if detector.global_term is not None:
+        version = FORMAT_VERSION
     if detector.region is not None:
         tensors[_REGION] = detector.region.to("cpu", torch.uint8)
     lazy = {name: LazyTensor.of(value) for name, value in tensors.items()}
@@ -215,6 +223,11 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
     is_set = torch.isfinite(quantiles)
     if bool(is_set.any()) and not bool(is_set.all()):
         raise CheckpointError(f"has half-set quantiles {quantiles.tolist()}")
+    term = None
+    if any(name in tensors for name in _GLOBAL_TERM):
+        own = {name: value for name, value in tensors.items() if name in _GLOBAL_TERM}
+        check_weights(own, _GLOBAL_TERM)
+        term = {name.partition(".")[2]: read_finite(name, value) for name, value in own.items()}
     threshold = config["threshold"]
     if threshold is not None and not (isinstance(threshold, float) and math.isfinite(threshold)):
         raise CheckpointError(f"threshold is {threshold!r}; expected a finite number or null")
@@ -224,9 +237,10 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
         value_range = check_value_range(config.get("value_range"))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    other = {*_BUFFERS, *_GLOBAL_TERM, _REGION}
     return Contents(
         config["size"],
-        {name: value for name, value in tensors.items() if name not in (*_BUFFERS, _REGION)},
+        {name: value for name, value in tensors.items() if name not in other},
         padding=config["padding"],
         border=config["border"],
         map_padding=config["map_padding"],
@@ -243,6 +257,7 @@ def _contents(config: dict, provenance: dict, tensors: Mapping[str, LazyTensor])
         region=_region(tensors[_REGION]) if _REGION in tensors else None,
         score=config.get("score", "max"),
         autoencoder_weight=config.get("autoencoder_weight", 1.0),
+        global_term=term,
     )
 
 

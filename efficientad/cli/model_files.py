@@ -183,6 +183,7 @@ def describe(path: str) -> dict[str, Any]:
         "image size": "x".join(map(str, detector.image_size)),
         "border rule": f"{detector.border}, {detector.map_padding} cells",
         "score": f"{described(detector.score)}, at {detector.score_size} size",
+        "global term": "none" if detector.global_term is None else "set",
         "statistics": "set" if detector.has_statistics else "not set",
         "quantiles": [round(q, 6) for q in detector.quantiles.tolist()]
         if detector.calibrated

@@ -89,6 +89,12 @@ def add_train(commands: Any) -> None:
     add_value_range(command)
     add_region(command, "it is learned, calibrated and kept in the detector")
     add_score(command, "max")
+    add(
+        "--global-term",
+        action="store_true",
+        help="also judge images as a whole, for parts that are missing or too many; see "
+        "docs/image-score.md",
+    )
     add("--seed", type=int, default=42)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -170,6 +176,7 @@ def run_train(options: argparse.Namespace) -> int:
                 value_range=value_range,
                 region=options.region,
                 score="max" if options.score is None else options.score,
+                global_term=options.global_term,
                 device=options.device,
                 dtype=options.dtype,
                 workers=options.workers,

@@ -27,6 +27,7 @@ from efficientad.fast.fused_network import (
     trunk,
 )
 from efficientad.model.detector import EfficientAD
+from efficientad.model.global_term import HiddenTerm
 from efficientad.model.image_score import ScoreRule, scored
 from efficientad.model.region import resized
 from efficientad.ops import reference
@@ -75,6 +76,12 @@ class RegionMasks:
 def region_masks(detector: EfficientAD, device: torch.device) -> RegionMasks | None:
     """The masks of a detector with a region; None of one without."""
     return None if detector.region is None else RegionMasks(detector, device)
+
+
+def hidden_term(detector: EfficientAD, device: torch.device) -> HiddenTerm | None:
+    """What adds the global term of a detector; None of one without."""
+    term = detector.global_term
+    return None if term is None else HiddenTerm(detector.student, term, device)
 
 
 class Kernels:
@@ -126,6 +133,7 @@ class KernelBackend:
         )
         self.border = self.plan.border
         self.region = region_masks(detector, device)
+        self.whole = hidden_term(detector, device)
         self.score: ScoreRule = detector.score
         self._kernels = kernels or Kernels()
         self._workspace = Workspace()
@@ -139,6 +147,9 @@ class KernelBackend:
         self.weights.copy_(self._fold(detector))
         if self.region is not None:
             self.region.reload(detector)
+        if self.whole is not None:
+            assert detector.global_term is not None
+            self.whole.reload(detector.student, detector.global_term)
 
     def pack(self, image: Tensor, packed: Tensor, *, channels_last: bool) -> None:
         """Normalise uint8 or float images into `packed` (N, H + 2 border, W + 2 border, 4)."""
@@ -155,9 +166,11 @@ class KernelBackend:
             with self._branch():
                 decoded = autoencoder(*arguments)
             features = trunk(*arguments)
+            added = None if self.whole is None else self.whole(features[1])
             if len(packed) <= IN_TURN:
                 join = self._join
-                return distance_maps_in_turn(self.weights, features, decoded, self._kernels, join)
+                maps = distance_maps_in_turn(self.weights, features, decoded, self._kernels, join)
+                return _with(added, maps)
         except BaseException:
             # Or a capture ends in another error, and buffers are free too early. It may be lost
             # already; the cause is what counts.
@@ -165,7 +178,7 @@ class KernelBackend:
                 self._join()
             raise
         self._join()
-        return distance_maps(self.weights, features, decoded, self._kernels)
+        return _with(added, distance_maps(self.weights, features, decoded, self._kernels))
 
     def _join(self) -> None:
         """What follows comes after the autoencoder."""
@@ -265,6 +278,7 @@ class TorchBackend:
         self.network = FoldedNetwork(detector, dtype, device)
         self.name = network_name(dtype, device, shared=self.network.shared)
         self.region = region_masks(detector, device)
+        self.whole = hidden_term(detector, device)
         self.score: ScoreRule = detector.score
         wide = torch.promote_types(dtype, torch.float32)
         self._mean, self._std, self._affine = (
@@ -278,6 +292,9 @@ class TorchBackend:
         self.network.reload(detector)
         if self.region is not None:
             self.region.reload(detector)
+        if self.whole is not None:
+            assert detector.global_term is not None
+            self.whole.reload(detector.student, detector.global_term)
         self.name = network_name(self.dtype, self.device, shared=self.network.shared)
         self._mean.copy_(detector.image_mean.flatten())
         self._std.copy_(detector.image_std.flatten())
@@ -295,7 +312,7 @@ class TorchBackend:
     def distance_maps(self, packed: Tensor) -> Maps:
         """Packed images -> distance maps (N, h, w)."""
         with full_float32(), torch.autocast(self.device.type, enabled=False):
-            return self.network(packed.permute(0, 3, 1, 2))
+            return self.network(packed.permute(0, 3, 1, 2), self.whole)
 
     @torch.no_grad()
     def anomaly_map(
@@ -307,6 +324,13 @@ class TorchBackend:
         pixels = None if region is None else region[0]
         result = scored(self.score, found, maps[0].shape[-2:], padding, pixels)
         return result if out is None else _kept(out, result)
+
+
+def _with(added: Tensor | None, maps: Maps) -> Maps:
+    """Partial maps (P, N, h, w), the first of the student's with what the global term adds."""
+    if added is not None:
+        maps[0][0] += added
+    return maps
 
 
 def _kept(out: Maps, result: Maps) -> Maps:

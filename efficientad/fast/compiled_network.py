@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficientad.model.global_term import HiddenTerm
 from efficientad.model.networks import PDN_LAYERS, decoder_sizes
 from efficientad.ops import amx_conv
 from efficientad.ops.compiled_conv import Layer, mean_square, resize
@@ -47,14 +48,20 @@ class NativeNetwork:
         ]
         self._last = layer("deconv8", padding=1)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w)."""
+    def __call__(self, x: Tensor, whole: HiddenTerm | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w).
+
+        whole: the detector's global term.
+        """
         x = x.permute(0, 2, 3, 1).contiguous()
         features = self._features(x)
-        st = self._st(features)
-        ae = self._ae(features[..., -self._ae.channels :])
+        own = features[..., -self._ae.channels :]
+        st = mean_square(self._st(features))
+        if whole is not None:
+            st += whole(own)
+        ae = self._ae(own)
         self._last(self._decoded(x), ae, add=True)
-        return mean_square(st), mean_square(ae)
+        return st, mean_square(ae)
 
     def _features(self, x: Tensor) -> Tensor:
         """The teacher's and, behind them, unless they are the same, the student's features.
@@ -112,15 +119,20 @@ class AmxNetwork:
         self._decoder = [layer(f"deconv{i}", relu=True) for i in range(1, 8)]
         self._last = layer("deconv8")
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (N, 3, H, W), float32, channels_last -> map_st, map_ae (N, h, w)."""
+    def __call__(self, x: Tensor, whole: HiddenTerm | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised images (N, 3, H, W), float32, channels_last -> map_st, map_ae (N, h, w).
+
+        whole: as in `NativeNetwork`.
+        """
         size = x.shape[2:]
         border = max(self._borders[0], 1)
         packed = amx_conv.pack(x.permute(0, 2, 3, 1), border)
         features = self._features(_inside(packed, border - self._borders[0]))
         st = amx_conv.mean_square((self._st, features))
-        decoded = self._decoded(_inside(packed, border - 1), (size[0], size[1]))
         own = features[..., -self._ae.channels :]
+        if whole is not None:
+            st += whole(own)
+        decoded = self._decoded(_inside(packed, border - 1), (size[0], size[1]))
         return st, amx_conv.mean_square((self._ae, own), (self._last, decoded))
 
     def _features(self, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from efficientad.fast.compiled_network import AmxNetwork, NativeNetwork
 from efficientad.fast.folding import exact_last, exact_layers
 from efficientad.model.detector import EfficientAD
+from efficientad.model.global_term import HiddenTerm
 from efficientad.model.networks import (
     PDN_LAYERS,
     TEACHER_CHANNELS,
@@ -132,13 +133,13 @@ class FoldedNetwork(nn.Module):
             getattr(self, name).copy_(value)
         self._native = self._compiled(tensors)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, whole: HiddenTerm | None = None) -> tuple[Tensor, Tensor]:
         """Normalised images (N, 3, H, W), channels_last -> map_st, map_ae (N, h, w), float32.
 
-        Images for a 16-bit network are float32.
+        Images for a 16-bit network are float32. whole: the detector's global term.
         """
         if self._native is not None:
-            return self._native(x)
+            return self._native(x, whole)
         height, width = x.shape[-2:]
         first = x
         if self._split is not None:
@@ -150,10 +151,12 @@ class FoldedNetwork(nn.Module):
             student = self._trunk(first, "student")
             joined = torch.cat([teacher, student], 1)
         decoded = self._autoencoder(x, (height, width))
-        st = self._conv(joined, "st")
+        st = _mean_square(self._conv(joined, "st"))
+        if whole is not None:
+            st += whole(student.permute(0, 2, 3, 1))
         ae = self._conv(student, "ae")
         ae += F.conv2d(decoded, self.deconv8_weight, None, padding=1)
-        return _mean_square(st), _mean_square(ae)
+        return st, _mean_square(ae)
 
     def _trunk(self, x: Tensor, name: str) -> Tensor:
         for i, row in enumerate(PDN_LAYERS[self.size][:-1], start=1):

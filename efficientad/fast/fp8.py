@@ -107,11 +107,17 @@ def build_fp8(
         one from fp8 scores (its networks are shared); facts: the layers and `Fp8Check`.
 
     Raises:
-        ValueError: no or too few calibration images, unknown layers, activations not finite.
+        ValueError: a global term, no or too few calibration images, unknown layers, activations
+            that are not finite.
         ImageError: a calibration image that cannot be read.
         Fp8Error: kernels that fail or do not give what they are to, or scores that fp8 changes.
     """
     last_fp8_layer(detector.size, layers)
+    if detector.global_term is not None:
+        raise ValueError(
+            "dtype is float8_e4m3fn, and the detector has a global term, which is not computed in "
+            "it; use dtype 'float16'"
+        )
     paths = _good_images(calibration)
 
     def batches() -> Iterator[Batch]:

@@ -327,11 +327,13 @@ class FastPredictor:
                 raise ValueError(
                     f"the detector has {name} {b} and the predictor {a}; build a new predictor"
                 )
-        if (detector.region is None) != (self.region is None):
-            has = ("no region", "one") if detector.region is None else ("a region", "none")
-            raise ValueError(
-                f"the detector has {has[0]} and the predictor {has[1]}; build a new predictor"
-            )
+        for name in ("region", "global_term"):
+            it_has, this_has = (getattr(d, name) is not None for d in (detector, self._detector))
+            if it_has != this_has:
+                has = (f"a {name}", "none") if it_has else (f"no {name}", "one")
+                raise ValueError(
+                    f"the detector has {has[0]} and the predictor {has[1]}; build a new predictor"
+                )
         problem = self._doubt(detector, self.dtype) if self._automatic else None
         if problem is not None:
             raise ValueError(

@@ -25,6 +25,7 @@ from efficientad.data.image_files import find_images
 from efficientad.data.images import Batch, load_batches
 from efficientad.data.layouts import open_dataset
 from efficientad.model.detector import QUANTILE_LEVELS, EfficientAD, check_detector
+from efficientad.model.global_term import line_of, student_means
 from efficientad.model.good_images import GoodImagesSeen, warn_of_odd
 from efficientad.model.map_rule import check_weight
 from efficientad.model.networks import TEACHER_CHANNELS
@@ -227,28 +228,25 @@ def calibrate(
     try:
         with torch.no_grad(), full_float32(), _restored_on_error(detector):
             if statistics:
-                collected, seen = ChannelStatistics(), GoodImagesSeen("the channel statistics")
-                for batch in batches(train, "channel statistics"):
-                    if (shows := seen.add(batch)).any():
-                        x = detector.teacher(detector.normalize(batch.images[shows].to(device)))
-                        collected.add(of_cells(x, index_of(detector.region_cells)))
-                seen.check("they are left out", alike=False)
-                detector.set_statistics(*collected.of_teacher())
+                set_statistics_from(detector, batches(train, "channel statistics"))
+            if detector.global_term is not None:
+                detector.global_term.set_line(0, 0)  # until the scores without it are known
+            held_out = GoodImagesSeen("quantiles and threshold")
             source_sizes: list[tuple[int, int]] = []
             images: list[Path] = []
-            held_out = GoodImagesSeen("quantiles and threshold")
+            distances: list[float] = []
             for batch in batches(validation, "map quantiles"):
                 if not (shows := held_out.add(batch)).any():
                     continue
-                maps.add(*detector.distance_maps(batch.images[shows].to(device)))
+                shown = batch.images[shows].to(device)
+                maps.add(*detector.distance_maps(shown))
+                distances += global_distances(detector, shown)
                 places = shows.nonzero().flatten().tolist()
                 source_sizes += [batch.source_sizes[i] for i in places]
                 images += [batch.sources[i] for i in places]
             held_out.check("they are left out")
             own = warn_of_own(detector.provenance, held_out)
-            set_quantiles_from_maps(detector, maps)
-            check_scale(detector, len(images))
-            scores, means = validation_scores(detector, maps, source_sizes)
+            scores, means = set_scale(detector, maps, source_sizes, distances)
             odd = warn_of_odd(images, scores)
             detector.threshold = rule(scores)
             by_lot = judge_lots(lots, images, scores, detector.threshold, rule)
@@ -272,11 +270,33 @@ def calibrate(
     return detector
 
 
+def set_statistics_from(detector: EfficientAD, batches: Iterable[Batch]) -> None:
+    """Set the teacher's channel statistics from the images that show something."""
+    collected, seen = ChannelStatistics(), GoodImagesSeen("the channel statistics")
+    for batch in batches:
+        if (shows := seen.add(batch)).any():
+            image = batch.images[shows].to(detector.teacher_mean.device)
+            x = detector.teacher(detector.normalize(image))
+            collected.add(of_cells(x, index_of(detector.region_cells)))
+    seen.check("they are left out", alike=False)
+    detector.set_statistics(*collected.of_teacher())
+
+
+def global_distances(detector: EfficientAD, image: Tensor) -> list[float]:
+    """The global term's distances of images (N, 3, H, W); none where there is no term."""
+    term = detector.global_term
+    if term is None:
+        return []
+    return term.distance(student_means(detector.student(detector.normalize(image)))).tolist()
+
+
 @contextmanager
 def _restored_on_error(detector: EfficientAD) -> Iterator[None]:
     """Statistics, quantiles and threshold as they were, if anything is raised inside."""
-    tensors = (detector.teacher_mean, detector.teacher_std, detector.quantiles, detector.affine)
+    tensors = [detector.teacher_mean, detector.teacher_std, detector.quantiles, detector.affine]
     names = ("_has_statistics", "_calibrated", "threshold")
+    if detector.global_term is not None:
+        tensors.append(detector.global_term.line)
     kept = [tensor.clone() for tensor in tensors]
     values = [getattr(detector, name) for name in names]
     try:
@@ -288,6 +308,25 @@ def _restored_on_error(detector: EfficientAD) -> Iterator[None]:
         for name, value in zip(names, values, strict=True):
             setattr(detector, name, value)
         raise
+
+
+def set_scale(
+    detector: EfficientAD,
+    maps: MapFile,
+    source_sizes: Sequence[tuple[int, int]],
+    distances: Sequence[float],
+) -> tuple[list[float], list[float]]:
+    """Set the quantiles, and the line of a global term; image scores and map means by them.
+
+    maps: without what the term adds. distances: of the same images, by the term.
+    """
+    set_quantiles_from_maps(detector, maps)
+    check_scale(detector, maps.count)
+    found = validation_scores(detector, maps, source_sizes)
+    if detector.global_term is None:
+        return found
+    detector.global_term.set_line(*line_of(distances, found[0], detector.affine[0].item()))
+    return validation_scores(detector, maps, source_sizes, distances)
 
 
 def set_quantiles_from_maps(detector: EfficientAD, maps: MapFile) -> None:
@@ -326,9 +365,15 @@ def check_scale(detector: EfficientAD, images: int) -> None:
 
 @torch.no_grad()
 def validation_scores(
-    detector: EfficientAD, maps: MapFile, source_sizes: Sequence[tuple[int, int]]
+    detector: EfficientAD,
+    maps: MapFile,
+    source_sizes: Sequence[tuple[int, int]],
+    distances: Sequence[float] | None = None,
 ) -> tuple[list[float], list[float]]:
-    """Image scores and map means of stored raw maps, at the size that `score_size` names."""
+    """Image scores and map means of stored raw maps, at the size that `score_size` names.
+
+    distances: of the images from the good ones, where the maps are without the global term's part.
+    """
     device = detector.affine.device
     scores: list[float] = []
     means: list[float] = []
@@ -340,6 +385,9 @@ def validation_scores(
 
     for chunk in maps.chunks():
         st, ae = chunk.to(device).unbind(dim=1)
+        if distances is not None and detector.global_term is not None:
+            of_chunk = torch.tensor(distances[len(scores) :][: len(chunk)], device=device)
+            st = st + detector.global_term.added(of_chunk)
         if detector.score_size == "input":
             add(st, ae, detector.image_size)
             continue

@@ -7,15 +7,15 @@ implementations; `docs/border-rules.md` shows what they differ in and why "nelso
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from efficientad.model.global_term import WHOLE_OR_PART, GlobalTerm, student_means
 from efficientad.model.image_score import ScoreRule, check_score, check_threshold, scored
-from efficientad.model.map_rule import affine_of, check_border, check_quantiles
+from efficientad.model.map_rule import affine_of, check_border, check_quantiles, check_statistics
 from efficientad.model.networks import (
     PDN,
     STUDENT_CHANNELS,
@@ -29,6 +29,7 @@ from efficientad.model.output import AnomalyOutput
 from efficientad.model.region import RegionLike, check_cells, fitted, masks_of
 from efficientad.ops import reference
 from efficientad.utils.checks import check_flag
+from efficientad.utils.devices import keep_wide
 from efficientad.utils.processes import pickled_by_content
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -75,6 +76,7 @@ class EfficientAD(nn.Module):
     value_range: tuple[float, float] | None = None  # of samples above 8 bits: data/samples.py
     autoencoder_weight: float = 1.0  # of its map beside the student's: calibration.py
     _score: ScoreRule = "max"
+    global_term: GlobalTerm | None  # set by `set_global_term`
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class EfficientAD(nn.Module):
         self.teacher = PDN(size, TEACHER_CHANNELS, padding).requires_grad_(False)
         self.student = PDN(size, STUDENT_CHANNELS, padding)
         self.autoencoder = Autoencoder(padding)
+        self.register_module("global_term", None)
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         channels = (1, TEACHER_CHANNELS, 1, 1)
@@ -144,6 +147,20 @@ class EfficientAD(nn.Module):
             self._score, self.threshold = new, None
             self.provenance.pop("calibration", None)
 
+    def set_global_term(self, term: GlobalTerm | None) -> None:
+        """Add what makes an image odd as a whole to its student-teacher map, or no longer.
+
+        Clears the threshold and the record of the calibration.
+
+        Raises:
+            ValueError: the detector has a region, outside of which nothing may count.
+        """
+        if term is not None and self._region is not None:
+            raise ValueError(WHOLE_OR_PART)
+        self.global_term = None if term is None else term.to(self.affine.device)
+        self.threshold = None
+        self.provenance.pop("calibration", None)
+
     @property
     def has_statistics(self) -> bool:
         """Whether the teacher's channel statistics are set."""
@@ -170,28 +187,9 @@ class EfficientAD(nn.Module):
         A channel with std 0 is constant on the training images; it carries nothing and its std
         becomes 1, with a warning. Clears quantiles and threshold, which depend on the statistics.
         """
-        for name, value in (("mean", mean), ("std", std)):
-            if value.numel() != TEACHER_CHANNELS:
-                raise ValueError(f"{name} has {value.numel()} entries; it must have 384")
-            if not torch.isfinite(value).all():
-                raise ValueError(
-                    f"{name} has a NaN or infinite entry; every channel must be finite"
-                )
-        if (std < 0).any():
-            raise ValueError("std has a negative entry; a standard deviation is >= 0")
-        dead = std.flatten() == 0
-        if dead.any():
-            warnings.warn(
-                f"{int(dead.sum())} of 384 teacher channels are constant (std 0); "
-                "their std is taken as 1",
-                stacklevel=2,
-            )
+        mean, std = check_statistics(mean, std)
         self.teacher_mean.copy_(mean.reshape(self.teacher_mean.shape))
-        self.teacher_std.copy_(
-            torch.where(dead, torch.ones_like(std.flatten()), std.flatten()).reshape(
-                self.teacher_std.shape
-            )
-        )
+        self.teacher_std.copy_(std.reshape(self.teacher_std.shape))
         self._has_statistics = True
         self.clear_quantiles()
 
@@ -274,6 +272,8 @@ class EfficientAD(nn.Module):
         """
         new = cells = None
         if region is not None:
+            if self.global_term is not None:
+                raise ValueError(WHOLE_OR_PART)
             new = fitted(region, self.image_size).to(self.affine.device)
             cells = check_cells(new, self.feature_size(), self.map_padding)
         old = self._region
@@ -314,16 +314,16 @@ class EfficientAD(nn.Module):
             image: (N, 3, H, W) RGB float in 0..1, H and W >= 256.
 
         Returns:
-            map_st, map_ae: (N, h, w) in at least float32. Unset channel statistics count as mean 0
-            and standard deviation 1.
+            map_st, map_ae: (N, h, w) in at least float32; map_st with what the global term adds,
+            if there is one. Unset channel statistics count as mean 0 and standard deviation 1.
         """
         x = self.normalize(image)
         teacher = (self.teacher(x) - self.teacher_mean) / self.teacher_std
         student_st, student_ae = self.student(x).chunk(2, dim=1)
-        return (
-            reference.distance_map(teacher, student_st),
-            reference.distance_map(self.autoencoder(x), student_ae),
-        )
+        map_st = reference.distance_map(teacher, student_st)
+        if self.global_term is not None:
+            map_st = map_st + self.global_term(student_means(student_st))
+        return map_st, reference.distance_map(self.autoencoder(x), student_ae)
 
     def anomaly_map(
         self, map_st: Tensor, map_ae: Tensor, size: tuple[int, int]
@@ -374,10 +374,7 @@ class EfficientAD(nn.Module):
         names = ("image_mean", "image_std", "teacher_mean", "teacher_std", "quantiles", "affine")
         before: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if torch.finfo(new.dtype).eps > torch.finfo(torch.float32).eps:
-                self._buffers[name] = old.to(new.device)
+        keep_wide(self, before)
         return self
 
 

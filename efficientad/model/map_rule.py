@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 import warnings
 
+import torch
+from torch import Tensor
+
+from efficientad.model.networks import TEACHER_CHANNELS
 from efficientad.utils.checks import check_number
 
 BORDERS = ("nelson", "anomalib", "paper")
@@ -45,6 +49,28 @@ def check_quantiles(*values: float) -> list[float]:
         if qb < qa:
             raise ValueError(f"qb_{kind} is {qb} and qa_{kind} is {qa}; q_b must be >= q_a")
     return found
+
+
+def check_statistics(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Channel mean and standard deviation, (384,) each; ValueError for what cannot be some.
+
+    A deviation of 0 becomes 1, with a warning.
+    """
+    for name, value in (("mean", mean), ("std", std)):
+        if value.numel() != TEACHER_CHANNELS:
+            raise ValueError(f"{name} has {value.numel()} entries; it must have 384")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} has a NaN or infinite entry; every channel must be finite")
+    if (std < 0).any():
+        raise ValueError("std has a negative entry; a standard deviation is >= 0")
+    dead = std == 0
+    if dead.any():
+        warnings.warn(
+            f"{int(dead.sum())} of 384 teacher channels are constant (std 0); "
+            "their std is taken as 1",
+            stacklevel=3,
+        )
+    return mean.flatten(), torch.where(dead, 1, std).flatten()
 
 
 def affine_of(

@@ -26,7 +26,7 @@ from efficientad.model.image_score import ScoreRule
 from efficientad.model.networks import PDN
 from efficientad.model.region import RegionLike, digest
 from efficientad.model.region import facts as region_facts
-from efficientad.training import closed_form, short
+from efficientad.training import closed_form, short, whole_images
 from efficientad.training.pictures import Photos, PictureSource, TrainingImages, augmented
 from efficientad.training.schedules import choose_schedule, settings_of
 from efficientad.training.settings import (
@@ -82,6 +82,7 @@ def fit(
     value_range: tuple[float, float] | None = None,
     region: RegionLike | None = None,
     score: ScoreRule = "max",
+    global_term: bool = False,
     progress: Progress | None = None,
     on_history: Callable[[dict[str, Any]], None] | None = None,
 ) -> EfficientAD:
@@ -98,8 +99,7 @@ def fit(
             (`training/schedules.py`). hard_quantile 0 takes the mean over all elements.
         teacher: a name of `teachers.SHIPPED` or what `load_teacher` takes. out: file, or None.
         penalty: folder of photos of anything for the pretraining penalty, missing without it.
-        warm_start: the student's inner layers start as the teacher's, where both have the same
-            shape, and only its last layers from random numbers (docs/training.md); not the paper's.
+        warm_start: the student's inner layers start as the teacher's; see docs/training.md.
         false_positive_rate: see `calibrate`. device: "auto", "cpu", "cuda:0" ....
         dtype: "float32", "bfloat16" (autocast), "auto": bfloat16 where the device computes in it.
         workers: threads that decode and augment ahead. threads: torch's, on a CPU; None: as many
@@ -110,8 +110,8 @@ def fit(
             On a CPU with the same number of threads the result is the same bit for bit.
         force: replace a checkpoint that is there. deterministic: the same bits on a GPU, slower.
         evaluate_every, log_every: steps between tests (0: none) and between entries of the history.
-        value_range: (low, high) of samples above 8 bits (`data/samples.py`). score: "max", or k for
-            the mean of the k largest cells. region: what is inspected, a file or bool (H, W).
+        value_range: (low, high) of samples above 8 bits (`data/samples.py`).
+        region: what is inspected, a file or bool (H, W). score, global_term: docs/image-score.md.
         progress: called with (what, done, total). on_history: with every entry of the history.
 
     Returns:
@@ -141,7 +141,7 @@ def fit(
         warm_start=warm_start, false_positive_rate=false_positive_rate, workers=workers,
         checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, value_range=value_range,
         threads=threads, deterministic=deterministic, region=region, score=score,
-        progress=progress, on_history=on_history,
+        global_term=global_term, progress=progress, on_history=on_history,
     ))  # fmt: skip
     parts = _prepare(task, dataset)
     with computing_threads(_threads(task, parts)):
@@ -318,6 +318,14 @@ def _calibrate(
             half=task.settings.dtype == "bfloat16",
             workers=task.workers,
         )
+    if task.global_term:
+        parts.detector.set_global_term(whole_images.solve_term(
+            parts.detector,
+            parts.source.images,
+            seed=task.settings.seed,
+            workers=task.workers,
+            progress=task.progress,
+        ))  # fmt: skip
     known = parts.source.images.known()  # `calibrate` looks for them among those held out
     parts.detector.provenance["training"] = {"known_pictures": known}
     calibrate(

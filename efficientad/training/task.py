@@ -14,6 +14,7 @@ from efficientad.data.datasets import DataSet
 from efficientad.data.layouts import open_dataset
 from efficientad.data.region_files import check_frames
 from efficientad.model.calibration import Progress
+from efficientad.model.global_term import WHOLE_OR_PART, check_images
 from efficientad.model.image_score import ScoreRule
 from efficientad.model.networks import PDN
 from efficientad.model.region import RegionLike, as_mask
@@ -52,6 +53,7 @@ class Task:
     value_range: tuple[float, float] | None
     region: RegionLike | None
     score: ScoreRule
+    global_term: bool
     progress: Progress | None
     on_history: Callable[[dict[str, Any]], None] | None
 
@@ -64,6 +66,7 @@ def checked(data: DataSet | str | os.PathLike, force: bool, task: Task) -> tuple
         "warm_start": task.warm_start,
         "force": force,
         "deterministic": task.deterministic,
+        "global_term": task.global_term,
     }.items():
         check_flag(name, value)
     check_integer("workers", task.workers, 0)
@@ -83,6 +86,10 @@ def checked(data: DataSet | str | os.PathLike, force: bool, task: Task) -> tuple
     dataset = data if isinstance(data, DataSet) else open_dataset(data)
     task = replace(task, teacher=teacher, value_range=check_value_range(task.value_range))
     check_data(dataset, task.evaluate_every, task.value_range)
+    if task.global_term:
+        check_images(len(dataset.train))
+        if task.region is not None:
+            raise ValueError(WHOLE_OR_PART)
     if task.region is not None:
         mask = as_mask(task.region)
         check_frames(mask, [sample.path for sample in dataset.train], task.image_size)

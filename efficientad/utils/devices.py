@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from efficientad.utils.processes import fresh_lock_after_fork
 
@@ -134,3 +134,14 @@ def cpu_convolves_bfloat16() -> bool:
 def cpu_has(probe: str) -> bool:
     """Whether torch finds a feature of the processor; probe: a name in `torch.cpu`."""
     return bool(getattr(torch.cpu, probe, lambda: False)())
+
+
+def keep_wide(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """After a cast of a module: these of its own buffers stay in at least float32, where it lies.
+
+    before: the buffers' names, and their values before the cast.
+    """
+    for name, old in before.items():
+        new = getattr(module, name)
+        if torch.finfo(new.dtype).eps > torch.finfo(torch.float32).eps:
+            module._buffers[name] = old.to(new.device)

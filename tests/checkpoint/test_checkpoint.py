@@ -16,6 +16,7 @@ from efficientad.checkpoint import native_file
 from efficientad.checkpoint.loading import convert, load, load_teacher
 from efficientad.checkpoint.native_file import save
 from efficientad.checkpoint.safe_pickle import CheckpointError
+from efficientad.model.global_term import GlobalTerm
 from efficientad.utils.files import digest_of
 
 pytestmark = pytest.mark.usefixtures("light_networks")
@@ -256,6 +257,49 @@ def test_round_trip_of_a_score(tmp_path, monkeypatch):
     monkeypatch.setattr(native_file, "FORMAT_VERSION", 3)
     with pytest.raises(CheckpointError, match=r"format version '4'.*upgrade efficientad"):
         load(tmp_path / "x")
+
+
+def with_term() -> EfficientAD:
+    detector = make_detector(1)
+    term = GlobalTerm()
+    term.mean.fill_(0.5)
+    term.whitening.copy_(torch.eye(384))
+    term.set_line(0.25, 2.0)
+    detector.set_global_term(term)
+    detector.threshold = 0.25
+    return detector
+
+
+def test_round_trip_of_a_global_term(tmp_path):
+    detector = with_term()
+    save(detector, tmp_path / "x")
+    loaded = load(tmp_path / "x")
+    assert_equal_state(loaded, detector)
+    assert loaded.global_term.line.tolist() == [0.25, 2.0]
+    assert loaded.threshold == 0.25
+    assert header(tmp_path / "x")["format_version"] == "5"  # older packages refuse it
+    detector.set_global_term(None)
+    save(detector, tmp_path / "x")
+    assert load(tmp_path / "x", verify=False).global_term is None
+    assert header(tmp_path / "x")["format_version"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mean", None, "global_term.mean is missing"),
+        ("whitening", torch.ones(384), r"global_term.whitening has shape \(384,\)"),
+        ("line", torch.tensor([torch.nan, 0]), "global_term.line has a NaN"),
+        ("line", torch.zeros(2, dtype=torch.int64), "global_term.line has dtype torch.int64"),
+    ],
+)
+@pytest.mark.usefixtures("no_golden")
+def test_a_global_term_that_does_not_fit_is_refused(tmp_path, name, value, message):
+    detector = with_term()
+    save(detector, tmp_path / "x")
+    tensors = {f"global_term.{name}": value}
+    with pytest.raises(CheckpointError, match=message):
+        load(variant((detector, tmp_path / "x"), tmp_path, tensors))
 
 
 @pytest.mark.parametrize(

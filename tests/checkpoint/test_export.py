@@ -295,6 +295,27 @@ def test_an_exported_file_takes_the_mean_of_the_largest_cells(format, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "aoti"])
+def test_an_exported_file_has_the_global_term(format, tmp_path):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    elif shutil.which("g++") is None:
+        pytest.skip("no g++, with which AOTInductor compiles")
+    model = helpers.detector_with_term()
+    path = tmp_path / f"a{exporting.FORMATS[format]}"
+    check(export(model, path, format), format)
+    image = 1 - helpers.images(2, seed=7)
+    score, _ = exporting._RUNNERS[format](path)(image)
+    with torch.no_grad():
+        expected = model(image).score
+        model.set_global_term(None)
+        plain = model(image).score
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-4)
+    assert (score > plain + 0.01).all()
+
+
+@pytest.mark.slow
 def test_onnx_of_a_half_precision_m_is_float32(tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -68,8 +68,11 @@ def test_what_is_no_score_is_refused(folder, tmp_path, command, value, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("words", "score"), [([], "max"), (["--score", 10], 10)])
-def test_train_hands_the_score_over(folder, tmp_path, monkeypatch, words, score):
+@pytest.mark.parametrize(
+    ("words", "score", "term"),
+    [([], "max", False), (["--score", 10], 10, False), (["--global-term"], "max", True)],
+)
+def test_train_hands_the_score_over(folder, tmp_path, monkeypatch, words, score, term):
     seen = {}
 
     def fit(dataset, **options):
@@ -78,4 +81,13 @@ def test_train_hands_the_score_over(folder, tmp_path, monkeypatch, words, score)
 
     monkeypatch.setattr(fitting, "fit", fit)
     assert run("train", folder / "good", "--out", tmp_path / "x.safetensors", *words) == 2
-    assert seen["score"] == score
+    assert (seen["score"], seen["global_term"]) == (score, term)
+
+
+def test_info_says_whether_there_is_a_global_term(tmp_path, capsys):
+    for name, detector in (("no", helpers.detector()), ("a", helpers.detector_with_term())):
+        ead.save(detector, tmp_path / name)
+        assert run("info", tmp_path / name) == 0
+        found = capsys.readouterr().out
+        (line,) = [line for line in found.splitlines() if line.startswith("global term")]
+        assert line.split()[-1] == ("none" if name == "no" else "set")

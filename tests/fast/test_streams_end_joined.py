@@ -62,7 +62,7 @@ def backend():
     """What `distance_maps` uses of a backend, without weights."""
     made = object.__new__(backends.KernelBackend)
     made.device = torch.device("cpu")
-    made.plan = made.weights = made._kernels = None
+    made.plan = made.weights = made._kernels = made.whole = None
     made._workspace = backends.Workspace()
     return made
 
