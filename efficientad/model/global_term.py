@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientad.model.networks import PDN, TEACHER_CHANNELS
-from efficientad.utils.devices import keep_wide
+from efficientad.utils.devices import full_float32, keep_wide
 
 WHOLE_OR_PART = (
     "a detector has a region or a global term, not both: the term measures the whole image, and "
@@ -147,8 +147,9 @@ class HiddenTerm:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """Features (N, H, W, C) -> (N, 1, 1), float32."""
-        return self._term(_means(x, self._kernel, self._weight, self._bias))
+        """Features (N, H, W, C) -> (N, 1, 1), in float32 whatever is set outside."""
+        with full_float32(), torch.autocast(x.device.type, enabled=False):
+            return self._term(_means(x, self._kernel, self._weight, self._bias))
 
 
 @torch.no_grad()

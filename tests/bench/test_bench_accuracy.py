@@ -15,9 +15,12 @@ from PIL import Image
 
 from bench import record
 from bench.report import training_curves
-from bench.training import accuracy, brightness, nearest_neighbour, scores
+from bench.training import accuracy, brightness, global_term, nearest_neighbour, scores
+from efficientad.data.images import load_batches
 from efficientad.data.layouts import open_dataset
 from efficientad.evaluation import evaluation
+from efficientad.evaluation.metrics import image_metrics
+from efficientad.model.global_term import student_means
 from efficientad.results.plain_path import RawMaps, distance_maps
 
 
@@ -145,7 +148,7 @@ def test_measuring_leaves_the_detector_as_it_was(dataset):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """A detector that `scores` and `brightness` load, and a predictor that computes plainly."""
+    """A detector that these programs load, and a predictor that computes plainly."""
     detector = helpers_training.thin_detector()
     detector.set_statistics(torch.zeros(384), torch.ones(384))
     detector.set_quantiles(0.2, 0.5, 0.1, 0.4)
@@ -155,7 +158,7 @@ def trained(monkeypatch):
         maps = partial(distance_maps, found)
         return types.SimpleNamespace(distance_maps=maps, device="cpu", facts={"backend": "plain"})
 
-    for module in (scores, brightness):
+    for module in (scores, brightness, global_term):
         monkeypatch.setattr(module, "load", lambda path: detector)
         monkeypatch.setattr(module, "FastPredictor", predictor)
     return detector
@@ -204,6 +207,36 @@ def test_scores_of_a_trained_detector(dataset, tmp_path, trained):
         metrics = evaluation.evaluate(trained, dataset).metrics
         assert row["image_auroc"] == metrics["image AU-ROC"]
     assert rows[0]["image_auroc"] != rows[2]["image_auroc"]
+
+
+@torch.no_grad()
+def test_a_detector_is_measured_with_and_without_a_global_term(
+    dataset, tmp_path, trained, monkeypatch
+):
+    monkeypatch.setattr("efficientad.model.global_term.FEWEST_IMAGES", 5)
+    held_out = dataclasses.replace(dataset, validation=dataset.train[:4])
+    monkeypatch.setattr(global_term, "open_dataset", lambda *_: held_out)
+    made, with_term = [], global_term.with_term
+    monkeypatch.setattr(
+        global_term, "with_term", lambda *words: made.append(with_term(*words)) or made[0]
+    )
+    table = tmp_path / "table.json"
+    words = ["part.safetensors", str(dataset.root), "--name", "dots", "--json", str(table)]
+    rows = global_term.run(global_term.parser().parse_args(words))
+    assert json.loads(table.read_text()) == rows
+    names = ("without", "with", "alone")
+    assert [row["name"] for row in rows] == [f"dots, global term: {name}" for name in names]
+    metrics = evaluation.evaluate(trained, dataset).metrics
+    assert rows[0]["image_auroc"] == metrics["image AU-ROC"]
+    assert rows[0]["pixel_auroc"] == pytest.approx(metrics["pixel AU-ROC"], abs=1e-6)
+    term, distances = made[0].global_term, []
+    for batch in load_batches([sample.path for sample in dataset.test], (256, 256), batch_size=1):
+        means = student_means(trained.student(trained.normalize(batch.images)))
+        distances.append(term.distance(means).item())
+    labels = [sample.label for sample in dataset.test]
+    assert rows[2]["image_auroc"] == image_metrics(labels, distances).au_roc
+    assert rows[1]["image_auroc"] > 0.5
+    assert 0 <= rows[1]["good_above_threshold"] <= rows[1]["defective_above_threshold"] <= 1
 
 
 def test_without_masks_there_are_no_figures_of_the_pixels(dataset):

@@ -344,7 +344,7 @@ def test_a_header_length_that_looks_like_a_pickle(saved, tmp_path, length):
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [
-        ({"format_version": "5"}, "format version '5'.*upgrade efficientad"),
+        ({"format_version": "6"}, "format version '6'.*upgrade efficientad"),
         ({"format_version": "0"}, "format version '0'"),
         ({"format_version": "x"}, "format version 'x'"),
         ({"config": None}, "KeyError"),

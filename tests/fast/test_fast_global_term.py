@@ -66,13 +66,15 @@ def test_in_amx_tiles_it_is_there_too(model, frames, expected):
 
 
 @pytest.mark.parametrize("images", [1, backends.IN_TURN + 1])
-def test_the_kernels_backend_adds_it_to_its_partial_maps(model, frames, expected, images):
-    """With kernels in plain torch; a run before in the same buffers changes nothing."""
-    backend = KernelBackend(model, torch.float16, CPU, Definitions())
-    network = TorchBackend(model, torch.float32, CPU)
-    packed = torch.empty(images, 256, 256, 4, dtype=torch.float16)
-    plain = torch.empty(images, 256, 256, 3)
-    chosen = torch.from_numpy(frames[-images:].copy())
+def test_the_kernels_backend_adds_it_to_its_partial_maps(model, frames, expected, images, device):
+    """On a CPU with kernels in plain torch; a run before in the same buffers changes nothing."""
+    kind = torch.device(device)
+    kernels = Definitions() if device == "cpu" else None
+    backend = KernelBackend(model, torch.float16, kind, kernels)
+    network = TorchBackend(model, torch.float32, kind)
+    packed = torch.empty(images, 256, 256, 4, dtype=torch.float16, device=kind)
+    plain = torch.empty(images, 256, 256, 3, device=kind)
+    chosen = torch.from_numpy(frames[-images:].copy()).to(kind)
     backend.pack(chosen, packed, channels_last=True)
     network.pack(chosen, plain, channels_last=True)
     backend.distance_maps(packed)
@@ -81,6 +83,21 @@ def test_the_kernels_backend_adds_it_to_its_partial_maps(model, frames, expected
         difference = (one.sum(0) - other).abs().max()
         assert float(difference) <= 0.02 * float(other.abs().max())
     assert float(found[0].sum(0)[-1].min()) > float(expected.map_st[0].median())  # it is there
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_in_the_graphs(dtype, model, frames, expected, cuda):
+    """At every batch size; steps neither allocate nor wait, another term is taken over in place."""
+    predictor = FastPredictor(model, device=cuda, dtype=dtype, batch_sizes=(1, 4))
+    scale = float(expected.anomaly_map.abs().max())
+    for batch in (frames, frames[2:]):
+        found = predictor(batch).cpu()
+        assert float((found.score - expected.score[-len(batch) :]).abs().max()) <= 0.02 * scale
+    helpers.assert_steps_neither_allocate_nor_wait(predictor, [*frames], 20)
+    other = copy.deepcopy(model)
+    other.global_term.set_line(0, 0)
+    predictor.reload(other)
+    assert predictor(frames).cpu().score[2] < found.score[-1] - 0.01
 
 
 def test_the_self_check_looks_at_the_networks_without_it(model):
