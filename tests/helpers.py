@@ -14,7 +14,7 @@ from torch import Tensor
 from efficientad import EfficientAD
 from efficientad.fast.folding import fold
 from efficientad.fast.fused_network import Plan, forward
-from efficientad.model.global_term import fitted, student_means
+from efficientad.model.global_term import GlobalTerm, fitted, student_means
 from efficientad.model.networks import PDN
 from efficientad.model.synthetic import calibrate_on_own_maps, frames, images, random_detector
 from efficientad.ops import operators
@@ -42,15 +42,22 @@ def detector(
     return copy.deepcopy(model)
 
 
-@torch.no_grad()
 def detector_with_term(slope: float = 0.3) -> EfficientAD:
     """`detector` with a global term of some images, whose line begins at their mean distance."""
     model = detector()
+    model.set_global_term(copy.deepcopy(_term(PDN.__init__)))
+    model.global_term.line[0] = slope
+    return model
+
+
+@functools.lru_cache(maxsize=2)
+@torch.no_grad()
+def _term(_init: object) -> GlobalTerm:
+    model = detector()
     means = student_means(model.student(model.normalize(images(24))))
     term = fitted(means)
-    term.set_line(slope, float(term.distance(means).mean()))
-    model.set_global_term(term)
-    return model
+    term.set_line(1, float(term.distance(means).mean()))
+    return term
 
 
 @functools.lru_cache(maxsize=8)

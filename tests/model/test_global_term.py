@@ -131,7 +131,7 @@ def test_casts_leave_it_in_float32():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
-    for i, pixels in enumerate(helpers.frames(6, seed=3)):
+    for i, pixels in enumerate(helpers.frames(3, seed=3)):
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
 
