@@ -45,12 +45,18 @@ def kind_of(row: Row) -> str | None:
 
 
 def grouped(rows: list[Row], teacher: str) -> dict[str, dict[str, list[Row]]]:
-    """data set -> kind -> rows of a teacher (its digest), in the order of the file."""
+    """data set -> kind -> rows of a teacher (its digest), in the order of the file.
+
+    A seed counts once: a repeat on another machine is no further seed.
+    """
     found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         kind = kind_of(row)
-        if kind is not None and row["teacher"] == teacher:
-            found[row["dataset"]][kind].append(row)
+        if kind is None or row["teacher"] != teacher:
+            continue
+        same = found[row["dataset"]][kind]
+        if row.get("seed") is None or all(row["seed"] != other.get("seed") for other in same):
+            same.append(row)
     return found
 
 

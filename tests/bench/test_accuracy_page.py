@@ -62,6 +62,15 @@ def test_drawn_parts_are_in_the_table_and_not_in_the_means():
     ]
 
 
+def test_a_seed_that_was_run_again_counts_once():
+    rows = [{**row, "seed": seed} for seed, row in enumerate(ROWS)]
+    again = {**rows[-1], "name": "on another machine", "seconds": 9999}
+    assert accuracy.accuracy_table([*rows, again], "T") == accuracy.accuracy_table(ROWS, "T")
+    assert accuracy.accuracy_table([*rows, {**again, "seed": 99}], "T") != (
+        accuracy.accuracy_table(ROWS, "T")
+    )
+
+
 def test_a_row_of_an_earlier_recipe_has_a_star_and_its_mean_too():
     rows = [{**row, "recipe": "before"} if row["dataset"] == "b" else row for row in ROWS[:7]]
     labels = [
