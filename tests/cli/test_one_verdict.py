@@ -14,6 +14,7 @@ import efficientad as ead
 from efficientad.cli.main import main
 from efficientad.fast import options
 from efficientad.fast.folded_network import network_name
+from efficientad.utils.devices import cpu_multiplies_bfloat16
 
 DARK = 16  # times darker than what the detector was calibrated on
 
@@ -124,6 +125,10 @@ def onnx(model_file, pictures, tmp_path) -> dict[str, bool] | None:
     return judged
 
 
+@pytest.mark.skipif(
+    not cpu_multiplies_bfloat16(),
+    reason="this processor has no bfloat16: it takes minutes, and is never chosen",
+)
 def test_where_bfloat16_is_earned_evaluate_and_predict_both_take_it(
     model_file, folder, tmp_path, capsys
 ):
