@@ -37,7 +37,8 @@ from efficientad.utils.devices import choose_device
 def with_term(detector: EfficientAD, dataset: DataSet, seed: int) -> EfficientAD:
     """A copy with the term of the data set's training images."""
     found = copy.deepcopy(detector)
-    images = TrainingImages([s.path for s in dataset.train], found.image_size)
+    paths = [sample.path for sample in dataset.train]
+    images = TrainingImages(paths, found.image_size, value_range=found.value_range)
     found.set_global_term(solve_term(found, images, seed=seed))
     return found
 
